@@ -1,0 +1,246 @@
+//! The one block interface of the daemon: what a frontend may ask, what a device answers.
+//!
+//! Frontends (NBD, ublk) turn wire requests into [`Request`]; [`Request::new`] is the only validation. Devices
+//! implement [`BlockDev`]. Errors on this path are [`Errno`]: the words for people went to the log where they arose.
+
+use crate::pagebuf::PageBuf;
+use crate::units::{ByteRange, GuestOffset};
+use std::fmt;
+use std::io;
+
+/// A Linux error number, as a machine wants it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// Operation not permitted: a write to a read-only export.
+    pub const EPERM: Errno = Errno(1);
+    /// Input/output error.
+    pub const EIO: Errno = Errno(5);
+    /// Out of memory.
+    pub const ENOMEM: Errno = Errno(12);
+    /// Invalid argument: the request itself is wrong.
+    pub const EINVAL: Errno = Errno(22);
+    /// No space left on device; also a write past the end of the export.
+    pub const ENOSPC: Errno = Errno(28);
+    /// Value too large.
+    pub const EOVERFLOW: Errno = Errno(75);
+    /// Operation not supported: a zeroing that would not be fast.
+    pub const ENOTSUP: Errno = Errno(95);
+    /// The server is shutting down.
+    pub const ESHUTDOWN: Errno = Errno(108);
+}
+
+impl From<io::Error> for Errno {
+    fn from(e: io::Error) -> Self {
+        Errno(e.raw_os_error().unwrap_or(Errno::EIO.0))
+    }
+}
+
+impl From<Errno> for io::Error {
+    fn from(e: Errno) -> Self {
+        io::Error::from_raw_os_error(e.0)
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", io::Error::from_raw_os_error(self.0))
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// What a device is and can do, fixed while a client is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the virtual disk in bytes.
+    pub size: u64,
+    /// Smallest request and alignment in bytes, a power of two.
+    pub min_block: u32,
+    /// Request size in bytes below which work is wasted, a power of two.
+    pub preferred_block: u32,
+    /// Largest payload in bytes a frontend should advertise.
+    pub max_payload: u32,
+    /// No write, zeroing or discard is accepted.
+    pub read_only: bool,
+}
+
+/// How zeroes may be made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// The range may lose its storage (NBD: NO_HOLE is not set).
+    pub may_unmap: bool,
+    /// Fail with ENOTSUP, changing nothing, rather than write data (NBD: FAST_ZERO).
+    pub fast: bool,
+}
+
+/// One run of the virtual disk with one allocation status (NBD `base:allocation`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// No storage holds this run anywhere in the chain.
+    pub hole: bool,
+    /// Reads return zeroes.
+    pub zero: bool,
+}
+
+/// A request's kind, with the buffer it carries.
+#[derive(Debug)]
+pub enum Op {
+    /// Fill the buffer from the device.
+    Read(PageBuf),
+    /// Store the buffer.
+    Write(PageBuf),
+    /// Make the range read as zeroes.
+    WriteZeroes(ZeroFlags),
+    /// The range's content is no longer needed.
+    Discard,
+    /// Everything completed before this request becomes durable.
+    Flush,
+    /// Report allocation status from the start of the range.
+    Extents,
+    /// The range will be read soon.
+    Cache,
+}
+
+impl Op {
+    /// Whether the operation changes the device.
+    pub fn writes(&self) -> bool {
+        matches!(self, Op::Write(_) | Op::WriteZeroes(_) | Op::Discard)
+    }
+}
+
+/// A validated request.
+#[derive(Debug)]
+pub struct Request {
+    op: Op,
+    range: ByteRange,
+    fua: bool,
+}
+
+impl Request {
+    /// Validates `op` on `start + len` against the device: the only validation there is.
+    ///
+    /// `fua` (force unit access): the completion waits until what was written is durable.
+    /// Errors, in the words of the NBD specification: EPERM for a write to a read-only device, EINVAL for a read or
+    /// status outside the device or off its minimum block size, ENOSPC for a write or zeroing outside it. On error
+    /// the buffer is dropped with `op`.
+    pub fn new(op: Op, start: u64, len: u64, fua: bool, geometry: &Geometry) -> Result<Self, Errno> {
+        let range = Self::check(&op, start, len, geometry)?;
+        if let Op::Read(buf) | Op::Write(buf) = &op {
+            assert_eq!(buf.len() as u64, len, "the buffer is the request's length");
+        }
+        Ok(Request { op, range, fua: fua && !geometry.read_only })
+    }
+
+    fn check(op: &Op, start: u64, len: u64, geometry: &Geometry) -> Result<ByteRange, Errno> {
+        if op.writes() && geometry.read_only {
+            return Err(Errno::EPERM);
+        }
+        if matches!(op, Op::Flush) {
+            // offset and length are reserved for flush and may hold anything an old client put there
+            return Ok(ByteRange::between(0, 0));
+        }
+        let outside = match op {
+            Op::Write(_) | Op::WriteZeroes(_) => Errno::ENOSPC,
+            _ => Errno::EINVAL,
+        };
+        let range = ByteRange::checked(start, len).ok_or(outside)?;
+        if range.end().0 > geometry.size {
+            return Err(outside);
+        }
+        let mask = u64::from(geometry.min_block) - 1;
+        if (start | len) & mask != 0 {
+            return Err(Errno::EINVAL);
+        }
+        Ok(range)
+    }
+
+    /// The guest range; empty for a flush.
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// Whether the completion must wait until the written data is durable.
+    pub fn fua(&self) -> bool {
+        self.fua
+    }
+
+    /// Takes the request apart.
+    pub fn into_op(self) -> Op {
+        self.op
+    }
+}
+
+/// The one answer to a request.
+#[derive(Debug)]
+pub struct Completion {
+    /// Success or the errno for the client.
+    pub result: Result<(), Errno>,
+    /// The request's buffer comes back, filled for a read that succeeded.
+    pub buf: Option<PageBuf>,
+    /// Allocation status, contiguous from the start of the range; empty for other requests.
+    pub extents: Vec<Extent>,
+}
+
+/// A block device as frontends see it. One value per thread; nothing here is `Send`.
+///
+/// Ranges given are inside the device (a [`Request`] saw to it). Buffers always come back.
+#[allow(async_fn_in_trait)] // one thread per device handle: no Send bound is wanted
+pub trait BlockDev: 'static {
+    /// Size, block sizes and access.
+    fn geometry(&self) -> Geometry;
+    /// Fills all of `buf` from `at`.
+    async fn read(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf);
+    /// Stores all of `buf` at `at`; durable only after a later [`BlockDev::flush`].
+    async fn write(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf);
+    /// Makes the range read as zeroes.
+    async fn write_zeroes(&self, r: ByteRange, f: ZeroFlags) -> Result<(), Errno>;
+    /// Gives storage of the range back where the format can; contents become zeroes or stay.
+    async fn discard(&self, r: ByteRange) -> Result<(), Errno>;
+    /// Everything completed before this call is durable when it returns success.
+    async fn flush(&self) -> Result<(), Errno>;
+    /// Allocation status from the start of `r`, contiguous, at least one extent, not beyond `r`.
+    /// May stop early when an answer for all of it would be too long.
+    async fn extents(&self, r: ByteRange) -> Result<Vec<Extent>, Errno>;
+    /// Reads the range into the page cache, as far as that is cheap.
+    async fn cache(&self, r: ByteRange) -> Result<(), Errno>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(read_only: bool) -> Geometry {
+        Geometry { size: 4096, min_block: 512, preferred_block: 4096, max_payload: 1 << 25, read_only }
+    }
+
+    #[test]
+    fn a_request_outside_the_device_is_refused() {
+        let g = geometry(false);
+        let try_op = |op, start, len| Request::new(op, start, len, false, &g).map(|r| r.range());
+        assert!(try_op(Op::Discard, 0, 4096).is_ok());
+        assert_eq!(try_op(Op::Discard, 512, 4096).unwrap_err(), Errno::EINVAL);
+        assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), 512, 4096).unwrap_err(), Errno::ENOSPC);
+        assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), u64::MAX, 512).unwrap_err(), Errno::ENOSPC);
+        assert_eq!(try_op(Op::Extents, u64::MAX - 511, 512).unwrap_err(), Errno::EINVAL);
+        assert_eq!(try_op(Op::Extents, 1, 512).unwrap_err(), Errno::EINVAL);
+        assert!(try_op(Op::Flush, 77, 3).is_ok());
+    }
+
+    #[test]
+    fn a_read_only_device_takes_no_writes() {
+        let g = geometry(true);
+        assert_eq!(Request::new(Op::Discard, 0, 512, false, &g).unwrap_err(), Errno::EPERM);
+        assert!(Request::new(Op::Flush, 0, 0, true, &g).is_ok());
+        assert!(!Request::new(Op::Cache, 0, 512, true, &g).unwrap().fua());
+    }
+}
