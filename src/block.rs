@@ -106,7 +106,10 @@ pub enum Op {
     /// Everything completed before this request becomes durable.
     Flush,
     /// Report allocation status from the start of the range.
-    Extents,
+    Extents {
+        /// More extents than these are not wanted.
+        most: usize,
+    },
     /// The range will be read soon.
     Cache,
 }
@@ -208,9 +211,9 @@ pub trait BlockDev: 'static {
     async fn discard(&self, r: ByteRange) -> Result<(), Errno>;
     /// Everything completed before this call is durable when it returns success.
     async fn flush(&self) -> Result<(), Errno>;
-    /// Allocation status from the start of `r`, contiguous, at least one extent, not beyond `r`.
-    /// May stop early when an answer for all of it would be too long.
-    async fn extents(&self, r: ByteRange) -> Result<Vec<Extent>, Errno>;
+    /// Allocation status from the start of `r`, contiguous, at least one extent, at most `most` of them, not beyond
+    /// `r`. May stop early when an answer for all of it would be too long.
+    async fn extents(&self, r: ByteRange, most: usize) -> Result<Vec<Extent>, Errno>;
     /// Reads the range into the page cache, as far as that is cheap.
     async fn cache(&self, r: ByteRange) -> Result<(), Errno>;
 }
@@ -231,8 +234,8 @@ mod tests {
         assert_eq!(try_op(Op::Discard, 512, 4096).unwrap_err(), Errno::EINVAL);
         assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), 512, 4096).unwrap_err(), Errno::ENOSPC);
         assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), u64::MAX, 512).unwrap_err(), Errno::ENOSPC);
-        assert_eq!(try_op(Op::Extents, u64::MAX - 511, 512).unwrap_err(), Errno::EINVAL);
-        assert_eq!(try_op(Op::Extents, 1, 512).unwrap_err(), Errno::EINVAL);
+        assert_eq!(try_op(Op::Extents { most: 1 }, u64::MAX - 511, 512).unwrap_err(), Errno::EINVAL);
+        assert_eq!(try_op(Op::Extents { most: 1 }, 1, 512).unwrap_err(), Errno::EINVAL);
         assert!(try_op(Op::Flush, 77, 3).is_ok());
     }
 
