@@ -1,1 +1,26 @@
-//! (being built)
+//! The QCOW2 brain: pure decisions about an image's metadata. No file, socket, clock or await in here.
+//!
+//! Follows QEMU's `docs/interop/qcow2.rst`. [`header`] parses what an image claims, [`layout`] does its arithmetic,
+//! [`entry`] names the kinds of L2 entries, [`metadata`] holds tables and answers "where is this range?",
+//! [`mod@write`] decides how a range is written, [`alloc`] owns refcounts, [`writeback`] orders what reaches the disk,
+//! [`compress`] unpacks compressed clusters, [`create`] lays out a new image.
+
+pub mod alloc;
+pub mod compress;
+pub mod create;
+pub mod entry;
+pub mod header;
+pub mod layout;
+pub mod metadata;
+pub mod snapshot;
+mod tables;
+pub mod write;
+pub mod writeback;
+
+pub use entry::CompressedRange;
+pub use header::{Header, HeaderError};
+pub use layout::Layout;
+pub use metadata::{Corrupt, Fault, Map, Mapped, Metadata, Source};
+pub use tables::Table;
+pub use write::{Allocation, Write, Zero, ZeroMode};
+pub use writeback::Step;

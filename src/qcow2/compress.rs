@@ -1,0 +1,99 @@
+//! Unpacking of compressed clusters.
+
+use flate2::{Decompress, FlushDecompress, Status};
+
+/// How an image's compressed clusters are packed (header field `compression_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate (RFC 1951), which QEMU calls zlib.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+impl Compression {
+    /// QEMU's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        }
+    }
+}
+
+/// Unpacks one cluster into `out`, which must come out exactly full. Bytes of `packed` behind the compressed data are
+/// ignored: the format only stores a length in sectors. `Err` says what is wrong.
+///
+/// Never produces more than `out` holds, whatever the input.
+pub fn unpack(kind: Compression, packed: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
+    match kind {
+        Compression::Zlib => {
+            let mut inflate = Decompress::new(false);
+            match inflate.decompress(packed, out, FlushDecompress::Finish) {
+                // a full output is enough: the end mark may not have been read yet
+                Ok(Status::Ok | Status::BufError | Status::StreamEnd) if inflate.total_out() == out.len() as u64 => {
+                    Ok(())
+                }
+                Ok(_) => Err("deflate stream ends before the cluster is full"),
+                Err(_) => Err("not a deflate stream"),
+            }
+        }
+        Compression::Zstd => unpack_zstd(packed, out),
+    }
+}
+
+fn unpack_zstd(packed: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
+    use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+    let mut decoder = Decoder::new().map_err(|_| "no memory for the zstd decoder")?;
+    let mut input = InBuffer::around(packed);
+    let size = out.len();
+    let mut output = OutBuffer::around(out);
+    while output.pos() < size {
+        let before = (input.pos(), output.pos());
+        decoder.run(&mut input, &mut output).map_err(|_| "not a zstd frame")?;
+        if (input.pos(), output.pos()) == before {
+            return Err("zstd frame ends before the cluster is full");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn deflated(data: &[u8]) -> Vec<u8> {
+        let mut e = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+        e.write_all(data).unwrap();
+        e.finish().unwrap()
+    }
+
+    #[test]
+    fn both_kinds_come_out_whole_with_trailing_rubbish() {
+        let data: Vec<u8> = (0..65536u32).map(|i| (i / 100) as u8).collect();
+        for (kind, mut packed) in
+            [(Compression::Zlib, deflated(&data)), (Compression::Zstd, zstd::bulk::compress(&data, 3).unwrap())]
+        {
+            packed.extend([0xaa; 300]);
+            let mut out = vec![0; data.len()];
+            unpack(kind, &packed, &mut out).unwrap();
+            assert!(out == data);
+        }
+    }
+
+    #[test]
+    fn short_and_broken_streams_are_refused() {
+        let data = vec![5u8; 4096];
+        for (kind, packed) in
+            [(Compression::Zlib, deflated(&data)), (Compression::Zstd, zstd::bulk::compress(&data, 3).unwrap())]
+        {
+            let mut bigger = vec![0; 8192];
+            assert!(unpack(kind, &packed, &mut bigger).is_err(), "{kind:?} too short");
+            assert!(unpack(kind, &[0xff; 100], &mut bigger).is_err(), "{kind:?} rubbish");
+            assert!(unpack(kind, &[], &mut bigger).is_err(), "{kind:?} empty");
+            let mut smaller = vec![0; 100];
+            unpack(kind, &packed, &mut smaller).unwrap();
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! The brain of one image: its tables in memory and the answer to "where is this range?".
+//!
+//! [`Metadata`] performs no I/O. When a question needs bytes from the disk it answers `Load(table)`; the caller reads
+//! them, hands them to [`Metadata::loaded`] and asks again. `Wait` means that another request must make progress
+//! first. One `Metadata` serves every thread, behind a mutex that is never held across an await.
+//!
+//! Host clusters that an operation is using stay what they are until the operation is over: callers bracket each
+//! operation with [`Metadata::enter`] and [`Metadata::leave`], and a freed cluster is reused only when everything that
+//! may still point at it has left (see [`super::writeback`]).
+
+use super::entry::{COPIED, CompressedRange, Entry, OFFSET_MASK};
+use super::header::Header;
+use super::layout::{Layout, MAX_HOST_OFFSET};
+use super::tables::{Table, TableKind, Tables};
+use super::writeback::Cycle;
+use crate::block::Errno;
+use crate::units::{ByteRange, HostOffset};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use thiserror::Error;
+
+/// A structure of the image contradicts the format.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("corrupt {structure} at byte {at}: {why}")]
+pub struct Corrupt {
+    /// Name of the structure in the specification.
+    pub structure: &'static str,
+    /// Its position in the image file, in bytes.
+    pub at: u64,
+    /// What is wrong.
+    pub why: &'static str,
+}
+
+/// Why a question has no answer.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Fault {
+    /// The image is broken here.
+    #[error(transparent)]
+    Corrupt(#[from] Corrupt),
+    /// The request cannot be carried out.
+    #[error("{0}")]
+    Errno(Errno),
+}
+
+/// Where a run of guest bytes comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Contiguous bytes of the image file from here.
+    Data(HostOffset),
+    /// Zeroes.
+    Zero {
+        /// A host cluster is kept for them.
+        reserved: bool,
+    },
+    /// Part of one compressed cluster.
+    Compressed(CompressedRange),
+    /// The backing file, or zeroes beyond its end.
+    Unallocated,
+}
+
+/// A run of guest bytes with one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// The run.
+    pub range: ByteRange,
+    /// Where its bytes are.
+    pub source: Source,
+}
+
+/// Answer to [`Metadata::map`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// The first run of the range.
+    Extent(Mapped),
+    /// Read this table, hand it in, ask again.
+    Load(Table),
+    /// Somebody else is reading that table: wait for progress, ask again.
+    Wait,
+}
+
+/// Why an internal step stopped short; callers turn it into their own answer.
+#[derive(Debug)]
+pub(super) enum Stop {
+    Load(Table),
+    Wait,
+    Fault(Fault),
+}
+
+impl From<Corrupt> for Stop {
+    fn from(c: Corrupt) -> Self {
+        Stop::Fault(Fault::Corrupt(c))
+    }
+}
+
+/// A table in memory as a whole (L1, refcount table) and what of it is newer than the disk.
+pub(super) struct Root {
+    pub at: HostOffset,
+    pub entries: Vec<u64>,
+    pub dirty: BTreeSet<usize>,
+    /// The table moved: the header still names its old place.
+    pub moved: bool,
+}
+
+/// What surrounds the metadata: facts about the file it lives in.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings {
+    /// Length of the image file in bytes.
+    pub file_len: u64,
+    /// Bytes behind `file_len` read as zeroes once the file has grown over them (regular files).
+    pub grows_with_zeroes: bool,
+    /// Virtual size in bytes of the backing file; 0 without one.
+    pub backing_size: u64,
+    /// Limit for cached tables in bytes.
+    pub cache_bytes: u64,
+}
+
+/// The state of one image's metadata.
+pub struct Metadata {
+    pub(super) layout: Layout,
+    pub(super) size: u64,
+    pub(super) backing_size: u64,
+    pub(super) l1: Root,
+    pub(super) reftable: Root,
+    pub(super) tables: Tables,
+    /// Clusters that hold metadata, by index: guest data is never written there.
+    pub(super) structures: HashMap<u64, &'static str>,
+    /// Autoclear feature bits that must go before the first write.
+    pub(super) autoclear: u64,
+    /// That write is waiting.
+    pub(super) first_write: bool,
+    /// Set when a corruption was seen: no more writes.
+    pub(super) broken: Option<Corrupt>,
+    /// `broken` was found without a caller to tell.
+    unreported: bool,
+
+    // allocation (alloc.rs)
+    /// Clusters below this index were looked at, or are in `free`.
+    pub(super) cursor: u64,
+    /// Clusters freed since the image was opened, as start and length.
+    pub(super) free: BTreeMap<u64, u64>,
+    /// From here on the file was never written: it reads as zeroes. `u64::MAX` when it does not grow with zeroes.
+    pub(super) untouched: u64,
+    /// End of the file, in bytes, with all that was allocated.
+    pub(super) file_end: u64,
+    /// Clusters below this index can be allocated. A device does not grow: a table placed behind its end could never be
+    /// written, and no flush would succeed any more.
+    pub(super) limit: u64,
+
+    // writes under way (write.rs): first guest cluster -> last guest cluster
+    pub(super) pending: BTreeMap<u64, u64>,
+
+    // freed clusters on their way (writeback.rs)
+    pub(super) freed: Vec<u64>,
+    pub(super) freed_durable: VecDeque<(u64, Vec<u64>)>,
+    pub(super) cycle: Option<Cycle>,
+    epoch: u64,
+    active: BTreeMap<u64, u64>,
+}
+
+impl Metadata {
+    /// The metadata of an image whose header, L1 table and refcount table were read. `l1` and `reftable` are the bytes
+    /// at the places the header names, zero-filled where the file ends; `structures` are further places that must
+    /// never be written as data (start in bytes, length in bytes, name).
+    ///
+    /// Contradictions that make writing unsafe are kept and refuse writes later: a broken image stays readable.
+    pub fn new(
+        header: &Header,
+        l1: &[u8],
+        reftable: &[u8],
+        structures: &[(u64, u64, &'static str)],
+        around: Surroundings,
+    ) -> Metadata {
+        let layout = header.layout;
+        let file_end = around.file_len.next_multiple_of(layout.cluster());
+        let mut md = Metadata {
+            layout,
+            size: header.size,
+            backing_size: around.backing_size,
+            l1: Root::new(header.l1_offset, l1),
+            reftable: Root::new(header.reftable_offset, reftable),
+            tables: Tables::new(layout.slice(), around.cache_bytes),
+            structures: HashMap::new(),
+            autoclear: header.autoclear,
+            first_write: false,
+            broken: None,
+            unreported: false,
+            cursor: 1,
+            free: BTreeMap::new(),
+            untouched: if around.grows_with_zeroes { file_end } else { u64::MAX },
+            file_end,
+            limit: if around.grows_with_zeroes { MAX_HOST_OFFSET } else { around.file_len } >> layout.cluster_bits,
+            pending: BTreeMap::new(),
+            freed: Vec::new(),
+            freed_durable: VecDeque::new(),
+            cycle: None,
+            epoch: 0,
+            active: BTreeMap::new(),
+        };
+        md.note_structure(0, layout.cluster(), "header");
+        md.note_structure(header.l1_offset.0, l1.len() as u64, "L1 table");
+        md.note_structure(header.reftable_offset.0, reftable.len() as u64, "refcount table");
+        for &(at, len, name) in structures {
+            md.note_structure(at, len, name);
+        }
+        for i in 0..md.reftable.entries.len() {
+            let at = md.reftable.entries[i] & !0x1ff;
+            if at != 0 {
+                md.note_structure(at, layout.cluster(), "refcount block");
+            }
+        }
+        for i in 0..md.l1.entries.len() {
+            let at = md.l1.entries[i] & OFFSET_MASK;
+            if at != 0 {
+                md.note_structure(at, layout.cluster(), "L2 table");
+            }
+        }
+        md
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Cluster size and widths.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The corruption that ended writing, if any.
+    pub fn broken(&self) -> Option<&Corrupt> {
+        self.broken.as_ref()
+    }
+
+    /// Ends writing to this image. True for the first report, which the caller logs.
+    pub fn break_off(&mut self, why: Corrupt) -> bool {
+        let first = self.broken.is_none();
+        self.broken.get_or_insert(why);
+        first
+    }
+
+    /// As [`Metadata::break_off`], where no caller waits for an answer.
+    pub(super) fn break_off_later(&mut self, why: Corrupt) {
+        self.unreported |= self.break_off(why);
+    }
+
+    /// A corruption found since the last call that nobody was told of yet, for the log.
+    pub fn take_unreported(&mut self) -> Option<Corrupt> {
+        std::mem::take(&mut self.unreported).then(|| self.broken.clone()).flatten()
+    }
+
+    /// Begins an operation; hand the token to [`Metadata::leave`] when no I/O of it is left.
+    pub fn enter(&mut self) -> u64 {
+        *self.active.entry(self.epoch).or_insert(0) += 1;
+        self.epoch
+    }
+
+    /// Ends an operation.
+    pub fn leave(&mut self, token: u64) {
+        let count = self.active.get_mut(&token).expect("each operation leaves once");
+        *count -= 1;
+        if *count == 0 {
+            self.active.remove(&token);
+        }
+    }
+
+    /// Closes the current epoch and returns it: operations that begin later cannot see what was freed before.
+    pub(super) fn next_epoch(&mut self) -> u64 {
+        self.epoch += 1;
+        self.epoch - 1
+    }
+
+    /// Whether every operation that began in `epoch` or before has left.
+    pub(super) fn drained(&self, epoch: u64) -> bool {
+        self.active.keys().next().is_none_or(|&oldest| oldest > epoch)
+    }
+
+    /// The first run of `range` with one source. `range` is not empty and lies inside the disk.
+    pub fn map(&mut self, range: ByteRange) -> Result<Map, Fault> {
+        match self.try_map(range) {
+            Ok(mapped) => Ok(Map::Extent(mapped)),
+            Err(Stop::Load(table)) => Ok(Map::Load(table)),
+            Err(Stop::Wait) => Ok(Map::Wait),
+            Err(Stop::Fault(fault)) => Err(fault),
+        }
+    }
+
+    fn try_map(&mut self, range: ByteRange) -> Result<Mapped, Stop> {
+        let layout = self.layout;
+        let start = range.start().0;
+        let l1_index = (start / layout.l2_coverage()) as usize;
+        if self.l2_table(l1_index)?.is_none() {
+            return Ok(Mapped { range: self.unmapped_run(range, l1_index), source: Source::Unallocated });
+        }
+        let first = start >> layout.cluster_bits;
+        let (slice, index) = self.l2_slice(first)?.expect("the table exists");
+        let last = (range.end().0 - 1) >> layout.cluster_bits;
+        let end_index = (index as u64 + (last - first) + 1).min(layout.slice_entries()) as usize;
+
+        let source = self.decode(slice, index)?;
+        let mut count = 1;
+        if !matches!(source, Entry::Compressed(_)) {
+            while index + count < end_index && self.continues(source, slice, index + count, count as u64)? {
+                count += 1;
+            }
+        }
+        let run_end = ((first + count as u64) << layout.cluster_bits).min(range.end().0);
+        let source = match source {
+            Entry::Unallocated => Source::Unallocated,
+            Entry::Zero { host, .. } => Source::Zero { reserved: host.is_some() },
+            Entry::Compressed(c) => Source::Compressed(c),
+            Entry::Data { host, .. } => Source::Data(HostOffset(host.0 + start % layout.cluster())),
+        };
+        Ok(Mapped { range: ByteRange::between(start, run_end), source })
+    }
+
+    /// Whether the entry `distance` clusters further continues the run that began with `first`, for reading.
+    fn continues(&mut self, first: Entry, slice: u64, index: usize, distance: u64) -> Result<bool, Stop> {
+        // a broken entry ends the run; the request for its own bytes will report it
+        let Ok(entry) = self.decode(slice, index) else { return Ok(false) };
+        Ok(match (first, entry) {
+            (Entry::Unallocated, Entry::Unallocated) => true,
+            (Entry::Zero { host: a, .. }, Entry::Zero { host: b, .. }) => a.is_some() == b.is_some(),
+            (Entry::Data { host: a, .. }, Entry::Data { host: b, .. }) => {
+                b.0 == a.0 + (distance << self.layout.cluster_bits)
+            }
+            _ => false,
+        })
+    }
+
+    /// The part of `range` from its start that no L2 table maps.
+    fn unmapped_run(&self, range: ByteRange, l1_index: usize) -> ByteRange {
+        let coverage = self.layout.l2_coverage();
+        let absent = |i: &usize| self.l1.entries.get(*i).is_none_or(|e| e & OFFSET_MASK == 0);
+        let mut end_index = l1_index + 1;
+        while (end_index as u64) * coverage < range.end().0 && absent(&end_index) {
+            end_index += 1;
+        }
+        range.clip(end_index as u64 * coverage)
+    }
+
+    /// The L2 table an L1 entry names: its start in bytes and whether its refcount is one.
+    pub(super) fn l2_table(&self, l1_index: usize) -> Result<Option<(u64, bool)>, Corrupt> {
+        let raw = self.l1.entries.get(l1_index).copied().unwrap_or(0);
+        let at = raw & OFFSET_MASK;
+        if at == 0 {
+            return Ok(None);
+        }
+        self.check_table_place("L2 table", at)?;
+        Ok(Some((at, raw & COPIED != 0)))
+    }
+
+    /// The slice and index of a guest cluster's L2 entry, in memory. `None`: it has no L2 table.
+    pub(super) fn l2_slice(&mut self, guest_cluster: u64) -> Result<Option<(u64, usize)>, Stop> {
+        let layout = self.layout;
+        let l1_index = (guest_cluster / layout.l2_entries()) as usize;
+        let Some((table, _)) = self.l2_table(l1_index)? else { return Ok(None) };
+        let in_table = guest_cluster % layout.l2_entries();
+        let slice = table + in_table / layout.slice_entries() * layout.slice();
+        self.need(TableKind::L2, slice)?;
+        Ok(Some((slice, (in_table % layout.slice_entries()) as usize)))
+    }
+
+    /// Makes sure a slice is in memory.
+    pub(super) fn need(&mut self, kind: TableKind, at: u64) -> Result<(), Stop> {
+        if self.tables.get(at).is_some() {
+            return Ok(());
+        }
+        Err(self.tables.want(kind, at).map_or(Stop::Wait, Stop::Load))
+    }
+
+    /// Decodes an L2 entry of a slice in memory.
+    pub(super) fn decode(&mut self, slice: u64, index: usize) -> Result<Entry, Corrupt> {
+        Entry::decode(self.entry(slice, index), self.layout).map_err(|why| Corrupt {
+            structure: "L2 entry",
+            at: slice + index as u64 * 8,
+            why,
+        })
+    }
+
+    fn entry(&mut self, slice: u64, index: usize) -> u64 {
+        let bytes = self.tables.get(slice).expect("the slice was looked up");
+        u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"))
+    }
+
+    pub(super) fn set_entry(&mut self, slice: u64, index: usize, raw: u64) {
+        self.tables.change(slice)[index * 8..index * 8 + 8].copy_from_slice(&raw.to_be_bytes());
+    }
+
+    /// A table was read, or could not be (`Err`): then the next question asks for it again.
+    pub fn loaded(&mut self, table: Table, bytes: Result<&[u8], Errno>) {
+        self.tables.loaded(table, bytes.ok());
+    }
+
+    pub(super) fn check_table_place(&self, structure: &'static str, at: u64) -> Result<(), Corrupt> {
+        let why = if !at.is_multiple_of(self.layout.cluster()) {
+            "its offset is not aligned to a cluster"
+        } else if at >= MAX_HOST_OFFSET || at >= self.file_end {
+            "it lies behind the end of the file"
+        } else if at == 0 {
+            "its offset is the image header"
+        } else {
+            return Ok(());
+        };
+        Err(Corrupt { structure, at, why })
+    }
+
+    /// Notes that clusters hold metadata. Two structures in one cluster: no writes to this image.
+    pub(super) fn note_structure(&mut self, at: u64, len: u64, name: &'static str) {
+        let first = at >> self.layout.cluster_bits;
+        for cluster in first..first.saturating_add(self.layout.clusters_for(len)) {
+            if self.structures.insert(cluster, name).is_some() {
+                let at = cluster << self.layout.cluster_bits;
+                self.break_off_later(Corrupt { structure: name, at, why: "its cluster holds another structure too" });
+            }
+        }
+    }
+}
+
+impl Root {
+    fn new(at: HostOffset, bytes: &[u8]) -> Self {
+        let be64 = |b: &[u8]| u64::from_be_bytes(b.try_into().expect("eight bytes"));
+        Root { at, entries: bytes.chunks_exact(8).map(be64).collect(), dirty: BTreeSet::new(), moved: false }
+    }
+
+    pub(super) fn set(&mut self, index: usize, raw: u64) {
+        self.entries[index] = raw;
+        self.dirty.insert(index);
+    }
+
+    /// The whole table as stored, filled up to `len` bytes.
+    pub(super) fn bytes(&self, len: u64) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+        bytes.resize(len as usize, 0);
+        bytes
+    }
+}
