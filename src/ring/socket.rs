@@ -1,0 +1,290 @@
+//! [`Stream`]: a connected TCP or Unix socket on a worker.
+//!
+//! Not through the ring: a socket is tried first and, when it is not ready, waited for with epoll, which costs less than
+//! io_uring for the few connections a worker has. The control thread accepts and sends a [`StdStream`] to the worker.
+
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
+use std::cell::OnceCell;
+use std::io::{self, IoSlice};
+use std::net::{self, Shutdown};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net as unix;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Silence on a TCP connection after which the peer is asked for a sign of life, in seconds.
+const KEEPALIVE_IDLE: u32 = 60;
+/// Seconds between further questions.
+const KEEPALIVE_INTERVAL: u32 = 15;
+/// Unanswered questions after which the connection is dead: with the above, two minutes after its last sign of life.
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// A connected socket that may still move between threads.
+#[derive(Debug)]
+pub enum StdStream {
+    /// From the TCP listener.
+    Tcp(net::TcpStream),
+    /// From the Unix listener.
+    Unix(unix::UnixStream),
+}
+
+impl From<net::TcpStream> for StdStream {
+    fn from(s: net::TcpStream) -> Self {
+        StdStream::Tcp(s)
+    }
+}
+
+impl From<unix::UnixStream> for StdStream {
+    fn from(s: unix::UnixStream) -> Self {
+        StdStream::Unix(s)
+    }
+}
+
+/// A connected socket on the worker it will stay on.
+#[derive(Debug)]
+pub struct Stream {
+    /// Watched for reading only: a Unix socket watched for writing too wakes the thread each time the peer takes bytes.
+    reading: AsyncFd<OwnedFd>,
+    /// A second descriptor of the same socket, watched for writing from the first write that has to wait on.
+    writing: OnceCell<AsyncFd<OwnedFd>>,
+    peer: String,
+}
+
+impl Stream {
+    /// Takes a socket over: non-blocking; for TCP no delay (replies are sent whole, waiting to join them only costs
+    /// time) and keepalive (a client whose machine died must not hold its export for ever).
+    ///
+    /// To be called inside the worker's runtime. Errors: the kernel refuses an option or the registration.
+    pub fn from_std(stream: impl Into<StdStream>) -> io::Result<Stream> {
+        let (fd, peer): (OwnedFd, String) = match stream.into() {
+            StdStream::Tcp(s) => {
+                s.set_nonblocking(true)?;
+                s.set_nodelay(true)?;
+                keep_alive(&s)?;
+                // The peer may be gone already; the first read will say so.
+                let peer = s.peer_addr().map_or_else(|_| "disconnected".to_owned(), |a| a.to_string());
+                (s.into(), peer)
+            }
+            StdStream::Unix(s) => {
+                s.set_nonblocking(true)?;
+                let peer = match getsockopt(&s, sockopt::PeerCredentials) {
+                    Ok(cred) => format!("unix pid {} uid {}", cred.pid(), cred.uid()),
+                    Err(_) => "unix".to_owned(),
+                };
+                (s.into(), peer)
+            }
+        };
+        Ok(Stream { reading: watch(fd, Interest::READABLE)?, writing: OnceCell::new(), peer })
+    }
+
+    /// The other end, for log lines: `192.0.2.1:34567`, or `unix pid 123 uid 0`.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Reads what is there; 0 is the end of the stream. Errors: WouldBlock when nothing is, then [`Stream::readable`].
+    pub fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let want = buf.len();
+        let count = self
+            .reading
+            .try_io(Interest::READABLE, |fd| retry(|| Ok(recv(fd.as_raw_fd(), buf, MsgFlags::empty())?)))?;
+        if count > 0 && count < want {
+            not_ready(&self.reading, Interest::READABLE);
+        }
+        Ok(count)
+    }
+
+    /// Waits until a read may succeed. May be wrong: try, and wait again.
+    ///
+    /// Returns at once while data is there: a task that loops on this and [`Stream::try_read`] under a steady stream
+    /// never rests, so it calls [`super::yield_now`] between requests.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.reading.readable().await?.retain_ready();
+        Ok(())
+    }
+
+    /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`].
+    pub fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        // MSG_NOSIGNAL: a peer that has gone is an error here, not a SIGPIPE
+        let send = || retry(|| Ok(sendmsg::<()>(self.reading.as_raw_fd(), bufs, &[], MsgFlags::MSG_NOSIGNAL, None)?));
+        let Some(writing) = self.writing.get() else { return send() };
+        let count = writing.try_io(Interest::WRITABLE, |_| send())?;
+        if count < bufs.iter().map(|b| b.len()).sum() {
+            not_ready(writing, Interest::WRITABLE);
+        }
+        Ok(count)
+    }
+
+    /// Waits until a write may succeed. May be wrong: try, and wait again.
+    pub async fn writable(&self) -> io::Result<()> {
+        let writing = match self.writing.get() {
+            Some(writing) => writing,
+            None => {
+                let fd = self.reading.get_ref().try_clone()?;
+                let fresh = watch(fd, Interest::WRITABLE)?;
+                self.writing.get_or_init(|| fresh)
+            }
+        };
+        writing.writable().await?.retain_ready();
+        Ok(())
+    }
+
+    /// Ends one or both directions now, also for tasks that wait on this stream. A socket already closed by the peer
+    /// counts as ended.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        use nix::sys::socket::{Shutdown as How, shutdown};
+        let how = match how {
+            Shutdown::Read => How::Read,
+            Shutdown::Write => How::Write,
+            Shutdown::Both => How::Both,
+        };
+        match shutdown(self.as_fd().as_raw_fd(), how) {
+            Ok(()) | Err(nix::Error::ENOTCONN) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reading.get_ref().as_fd()
+    }
+}
+
+fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd names the same open descriptor until it is dropped, which the AsyncFd that owns it does only
+    // after it took it out of the reactor; nothing here replaces it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// A short count means that the socket has no more for now: saves the call that would only say so. What arrives
+/// meanwhile rings again.
+fn not_ready(fd: &AsyncFd<OwnedFd>, interest: Interest) {
+    let _ = fd.try_io(interest, |_| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+}
+
+fn keep_alive(s: &net::TcpStream) -> io::Result<()> {
+    setsockopt(s, sockopt::KeepAlive, &true)?;
+    setsockopt(s, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE)?;
+    setsockopt(s, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL)?;
+    setsockopt(s, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
+    Ok(())
+}
+
+/// A non-blocking call is rarely interrupted, but may be.
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::run;
+    use std::io::{Read, Write};
+    use std::time::Duration;
+
+    fn tcp_pair() -> (net::TcpStream, net::TcpStream) {
+        let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    async fn read_some(stream: &Stream, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match stream.try_read(buf) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match stream.try_write_vectored(&[IoSlice::new(&bytes[..1]), IoSlice::new(&bytes[1..])]) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+                outcome => bytes = &bytes[outcome?..],
+            }
+        }
+        Ok(())
+    }
+
+    /// More than the socket buffers hold goes out while the peer reads late, and comes back.
+    fn echo(client: StdStream, server: StdStream) {
+        const LEN: usize = 8 << 20;
+        fn talk(mut client: impl Read + Write) {
+            std::thread::sleep(Duration::from_millis(50));
+            let mut bytes = vec![0; LEN];
+            client.read_exact(&mut bytes).unwrap();
+            assert!(bytes.iter().enumerate().all(|(i, &b)| b == (i % 251) as u8));
+            client.write_all(&bytes[..1000]).unwrap();
+        }
+        let peer = std::thread::spawn(move || match client {
+            StdStream::Tcp(s) => talk(s),
+            StdStream::Unix(s) => talk(s),
+        });
+        run(async {
+            let stream = Stream::from_std(server).unwrap();
+            let out: Vec<u8> = (0..LEN).map(|i| (i % 251) as u8).collect();
+            write_all(&stream, &out).await.unwrap();
+            let mut back = vec![0; 1000];
+            let mut got = 0;
+            while got < 1000 {
+                got += read_some(&stream, &mut back[got..]).await.unwrap();
+            }
+            assert!(back == out[..1000]);
+            assert_eq!(read_some(&stream, &mut back).await.unwrap(), 0, "the peer has closed");
+        })
+        .unwrap();
+        peer.join().unwrap();
+    }
+
+    #[test]
+    fn tcp_carries_bytes_both_ways() {
+        let (client, server) = tcp_pair();
+        echo(client.into(), server.into());
+    }
+
+    #[test]
+    fn unix_carries_bytes_both_ways() {
+        let (client, server) = unix::UnixStream::pair().unwrap();
+        echo(client.into(), server.into());
+    }
+
+    #[test]
+    fn options_and_names() {
+        let (client, server) = tcp_pair();
+        run(async move {
+            let stream = Stream::from_std(server).unwrap();
+            assert_eq!(stream.peer(), client.local_addr().unwrap().to_string());
+            assert!(getsockopt(&stream, sockopt::TcpNoDelay).unwrap());
+            assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
+            assert_eq!(getsockopt(&stream, sockopt::TcpKeepIdle).unwrap(), KEEPALIVE_IDLE);
+            let (_other, unix) = unix::UnixStream::pair().unwrap();
+            let expected = format!("unix pid {} uid {}", std::process::id(), nix::unistd::getuid());
+            assert_eq!(Stream::from_std(unix).unwrap().peer(), expected);
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn shutdown_ends_a_wait() {
+        let (_client, server) = tcp_pair();
+        run(async move {
+            let stream = std::rc::Rc::new(Stream::from_std(server).unwrap());
+            let other = std::rc::Rc::clone(&stream);
+            crate::ring::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                other.shutdown(Shutdown::Both).unwrap();
+                other.shutdown(Shutdown::Both).unwrap();
+            });
+            let read = tokio::time::timeout(Duration::from_secs(20), read_some(&stream, &mut [0; 10])).await;
+            assert_eq!(read.expect("the shutdown wakes the reader").unwrap(), 0);
+        })
+        .unwrap();
+    }
+}
