@@ -1,1 +1,54 @@
-//! (being built)
+//! Images: a chain of files opened, locked and read or written as one virtual disk.
+//!
+//! [`Image`] is what all threads share: the chain, each layer's metadata, the lock. [`Disk`] is one thread's hands:
+//! its own file descriptors on its own ring. [`open`] walks the backing chain behind its gate, [`create`] makes new
+//! images, [`info`] describes one.
+
+pub mod create;
+mod disk;
+mod error;
+mod flush;
+pub mod info;
+pub mod lock;
+pub mod open;
+mod raw;
+mod shared;
+
+pub use disk::Disk;
+pub use error::Error;
+pub use open::{Gate, Opener};
+pub use shared::{FileId, Image, Layer};
+
+use std::fmt;
+use std::str::FromStr;
+
+/// What an image file holds. Declared, never probed: a guest can write what looks like a header into a raw file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// A QCOW2 image.
+    Qcow2,
+    /// The bytes of the disk themselves: a file or a block device.
+    Raw,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Qcow2 => "qcow2",
+            Format::Raw => "raw",
+        })
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "qcow2" => Ok(Format::Qcow2),
+            "raw" => Ok(Format::Raw),
+            other => Err(format!("format {other:?} is not known; qcow2 and raw are")),
+        }
+    }
+}

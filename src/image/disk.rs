@@ -1,0 +1,647 @@
+//! One thread's hands on an image: reads, writes, zeroes and flushes, with its own descriptors on its own ring.
+//!
+//! The brain ([`crate::qcow2::Metadata`]) says where bytes are and where they may go; here they are moved. Its mutex is
+//! taken for each decision and never held while I/O runs.
+
+use super::shared::{Content, Image, Storage};
+use super::{Error, raw};
+use crate::block::{BlockDev, Errno, Extent, Geometry, ZeroFlags};
+use crate::pagebuf::PageBuf;
+use crate::qcow2::{
+    Allocation, CompressedRange, Map, Mapped, Metadata, Source, Table, Write, Zero, ZeroMode, compress,
+};
+use crate::ring;
+use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
+use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
+use std::cell::Cell;
+use std::rc::{Rc, Weak};
+use std::sync::{Arc, MutexGuard};
+
+/// Largest payload frontends should advertise, in bytes.
+pub const MAX_PAYLOAD: u32 = 32 << 20;
+/// I/O operations of one request in flight together.
+const PIECES_IN_FLIGHT: usize = 64;
+/// Extents one status answer holds at most.
+const MAX_EXTENTS: usize = 1 << 16;
+/// Runs of the chain looked at together for a status answer.
+const EXTENT_BATCH: usize = 256;
+/// A write into new clusters of at most this many bytes goes out as one piece with what surrounds it.
+const ONE_PIECE: u64 = 256 << 10;
+/// Zeroes written at once, in bytes, where zeroes must be written.
+const ZERO_CHUNK: u64 = 1 << 20;
+/// Decisions made for one long request before other tasks of the worker get a turn.
+const TURN: usize = 64;
+
+/// An image as one thread uses it.
+pub struct Disk {
+    image: Arc<Image>,
+    files: Vec<ring::File>,
+    writable: bool,
+    /// A write-back nobody waits for is running from this disk.
+    writing_back: Cell<bool>,
+    me: Weak<Disk>,
+}
+
+/// Where a run of a request comes from, through the whole chain.
+#[derive(Clone, Copy, Debug)]
+enum From {
+    Zero { reserved: bool },
+    File { layer: usize, host: HostOffset },
+    Packed { layer: usize, packed: CompressedRange },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    range: ByteRange,
+    from: From,
+}
+
+/// Keeps host clusters of the exported layer from being reused while an operation may touch them.
+#[must_use = "dropping it says that the operation is over"]
+struct Operation<'a> {
+    disk: &'a Disk,
+    token: u64,
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        self.disk.metadata().leave(self.token);
+    }
+}
+
+/// One part of a write, decided.
+enum Job {
+    InPlace(HostOffset, PageBuf),
+    Allocate(Allocation, PageBuf),
+}
+
+/// What stops a round of decisions.
+enum Pause {
+    Load(Table),
+    Wait,
+    Prepare,
+}
+
+impl Disk {
+    /// Opens the calling thread's descriptors for an image. `writable` wants a counted writer
+    /// ([`Image::begin_writing`]) for as long as the disk is used.
+    pub fn open(image: Arc<Image>, writable: bool) -> Result<Rc<Disk>, Error> {
+        let mut files = Vec::with_capacity(image.layers.len());
+        for (i, layer) in image.layers.iter().enumerate() {
+            files.push(layer.open_file(writable && i == 0)?);
+        }
+        Ok(Rc::new_cyclic(|me| Disk { image, files, writable, writing_back: Cell::new(false), me: me.clone() }))
+    }
+
+    /// What a disk of `size` bytes offers.
+    pub fn geometry_for(size: u64, writable: bool) -> Geometry {
+        Geometry { size, min_block: 1, preferred_block: 4096, max_payload: MAX_PAYLOAD, read_only: !writable }
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Whether writes are accepted.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    pub(super) fn file(&self, layer: usize) -> &ring::File {
+        &self.files[layer]
+    }
+
+    /// The exported layer's metadata. Panics for a raw image.
+    pub(super) fn metadata(&self) -> MutexGuard<'_, Metadata> {
+        self.image.layers[0].metadata().expect("only for QCOW2 layers")
+    }
+
+    fn is_raw(&self) -> bool {
+        matches!(self.image.layers[0].content, Content::Raw)
+    }
+
+    fn operation(&self) -> Option<Operation<'_>> {
+        if self.is_raw() {
+            return None;
+        }
+        let token = self.metadata().enter();
+        Some(Operation { disk: self, token })
+    }
+
+    /// Reads a table and hands it to the brain.
+    pub(super) async fn load(&self, layer: usize, table: Table) -> Result<(), Errno> {
+        let (result, buf) = self.files[layer].read(table.at, PageBuf::new(table.len as usize)).await;
+        if let Some(mut md) = self.image.layers[layer].metadata() {
+            md.loaded(table, result.map(|()| &buf[..]));
+        }
+        self.image.progress.notify_waiters();
+        result
+    }
+
+    // ---- reading
+
+    /// The first run of `range` in a QCOW2 layer.
+    async fn map(&self, layer: usize, range: ByteRange) -> Result<Mapped, Errno> {
+        loop {
+            let progress = self.image.progress.notified();
+            let mut progress = std::pin::pin!(progress);
+            let answer = {
+                let mut md = self.image.layers[layer].metadata().expect("only for QCOW2 layers");
+                let answer = md.map(range);
+                if matches!(answer, Ok(Map::Wait)) {
+                    progress.as_mut().enable(); // before the lock is let go, so that no progress is missed
+                }
+                answer
+            };
+            match answer {
+                Ok(Map::Extent(mapped)) => return Ok(mapped),
+                Ok(Map::Load(table)) => self.load(layer, table).await?,
+                Ok(Map::Wait) => progress.await,
+                Err(fault) => return Err(self.fault(layer, fault)),
+            }
+        }
+    }
+
+    /// Resolves a range through the chain, at most `limit` pieces from its start.
+    async fn resolve(&self, range: ByteRange, limit: usize) -> Result<Vec<Piece>, Errno> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        // what is still to be resolved, last first: (layer, range)
+        let mut todo = vec![(0, range)];
+        let mut decisions = 0;
+        while let Some((layer, range)) = todo.pop() {
+            if range.is_empty() {
+                continue;
+            }
+            if pieces.len() >= limit {
+                break;
+            }
+            decisions += 1;
+            if decisions % (TURN * 16) == 0 {
+                ring::yield_now().await;
+            }
+            let Some(inside) = self.image.layers.get(layer).map(|l| range.clip(l.size)) else {
+                push(&mut pieces, range, From::Zero { reserved: false });
+                continue;
+            };
+            if inside.is_empty() {
+                push(&mut pieces, range, From::Zero { reserved: false });
+                continue;
+            }
+            if matches!(self.image.layers[layer].content, Content::Raw) {
+                todo.push((layer, range.skip(inside.len())));
+                push(&mut pieces, inside, From::File { layer, host: HostOffset(inside.start().0) });
+                continue;
+            }
+            let mapped = self.map(layer, inside).await?;
+            todo.push((layer, range.skip(mapped.range.len())));
+            match mapped.source {
+                Source::Unallocated => todo.push((layer + 1, mapped.range)),
+                Source::Zero { reserved } => push(&mut pieces, mapped.range, From::Zero { reserved }),
+                Source::Data(host) => push(&mut pieces, mapped.range, From::File { layer, host }),
+                Source::Compressed(packed) => {
+                    pieces.push(Piece { range: mapped.range, from: From::Packed { layer, packed } });
+                }
+            }
+        }
+        Ok(pieces)
+    }
+
+    async fn read_range(&self, range: ByteRange, mut buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        let pieces = match self.resolve(range, usize::MAX).await {
+            Ok(pieces) => pieces,
+            Err(e) => return (Err(e), buf),
+        };
+        if let [piece] = pieces[..] {
+            return self.read_piece(piece, buf).await;
+        }
+        let mut cut = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            cut.push((piece, buf.split_to(piece.range.len() as usize)));
+        }
+        let mut reads = stream::iter(cut).map(|(piece, part)| self.read_piece(piece, part)).buffered(PIECES_IN_FLIGHT);
+        let mut result = Ok(());
+        let mut whole: Option<PageBuf> = None;
+        while let Some((read, part)) = reads.next().await {
+            result = result.and(read);
+            match &mut whole {
+                Some(whole) => whole.unsplit(part),
+                None => whole = Some(part),
+            }
+        }
+        (result, whole.unwrap_or(buf))
+    }
+
+    async fn read_piece(&self, piece: Piece, mut buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        match piece.from {
+            From::Zero { .. } => {
+                buf.fill(0);
+                (Ok(()), buf)
+            }
+            From::File { layer, host } => {
+                let file = &self.files[layer];
+                match file.read_cached(host, &mut buf) {
+                    Some(result) => (result, buf),
+                    None => file.read(host, buf).await,
+                }
+            }
+            From::Packed { layer, packed } => {
+                let result = self.unpack(layer, packed, piece.range, &mut buf).await;
+                (result, buf)
+            }
+        }
+    }
+
+    /// The runs of a layer's file as (length in bytes, hole): a QCOW2 layer's clusters are data whatever its file holds,
+    /// a raw layer's holes are holes.
+    fn file_extents(&self, layer: usize, run: HostRange, most: usize) -> Vec<(u64, bool)> {
+        let layer = &self.image.layers[layer];
+        match (&layer.content, &layer.storage) {
+            (Content::Raw, Storage::File { file, block_device: false }) => raw::holes(file, run, most + 1),
+            _ => vec![(run.len(), false)],
+        }
+    }
+
+    async fn unpack(
+        &self,
+        layer: usize,
+        packed: CompressedRange,
+        range: ByteRange,
+        out: &mut [u8],
+    ) -> Result<(), Errno> {
+        let Content::Qcow2 { compression, .. } = self.image.layers[layer].content else {
+            unreachable!("raw layers hold no compressed clusters");
+        };
+        let cluster = self.image.layers[layer].metadata().expect("a QCOW2 layer").layout().cluster();
+        let (read, bytes) = self.files[layer].read(packed.start, PageBuf::new(packed.len as usize)).await;
+        read?;
+        let mut whole = PageBuf::new(cluster as usize);
+        compress::unpack(compression, &bytes, &mut whole).map_err(|why| {
+            let structure = "compressed cluster";
+            self.fault(layer, crate::qcow2::Corrupt { structure, at: packed.start.0, why }.into())
+        })?;
+        let skip = (range.start().0 % cluster) as usize;
+        out.copy_from_slice(&whole[skip..skip + out.len()]);
+        Ok(())
+    }
+
+    // ---- writing
+
+    /// Decides how to write as much of `rest` as can be decided at once.
+    fn decide(&self, at: &mut u64, rest: &mut PageBuf) -> (Vec<Job>, Result<Option<Pause>, Errno>) {
+        let mut jobs = Vec::new();
+        while !rest.is_empty() && jobs.len() < PIECES_IN_FLIGHT {
+            let range = ByteRange::between(*at, *at + rest.len() as u64);
+            let answer = self.metadata().begin_write(range);
+            let len = match answer {
+                Ok(Write::InPlace { host, len }) => {
+                    jobs.push(Job::InPlace(host, rest.split_to(len as usize)));
+                    len
+                }
+                Ok(Write::Allocate(allocation)) => {
+                    let len = allocation.range.len();
+                    jobs.push(Job::Allocate(allocation, rest.split_to(len as usize)));
+                    len
+                }
+                Ok(Write::Load(table)) => return (jobs, Ok(Some(Pause::Load(table)))),
+                Ok(Write::Wait) => return (jobs, Ok(Some(Pause::Wait))),
+                Ok(Write::Prepare) => return (jobs, Ok(Some(Pause::Prepare))),
+                Err(fault) => return (jobs, Err(self.fault(0, fault))),
+            };
+            *at += len;
+        }
+        (jobs, Ok(None))
+    }
+
+    async fn write_qcow2(&self, at: GuestOffset, mut rest: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        if let Err(e) = self.make_room().await {
+            return (Err(e), rest);
+        }
+        let _operation = self.operation();
+        let mut at = at.0;
+        let mut done = rest.split_to(0);
+        let mut result = Ok(());
+        while !rest.is_empty() && result.is_ok() {
+            let progress = self.image.progress.notified();
+            let mut progress = std::pin::pin!(progress);
+            progress.as_mut().enable();
+            let (jobs, pause) = self.decide(&mut at, &mut rest);
+            // what was decided is done before anything is waited for: two writers that each hold an allocation and
+            // wait for the other's would wait for ever
+            let decided = !jobs.is_empty();
+            for (written, part) in join_all(jobs.into_iter().map(|job| self.perform(job))).await {
+                result = result.and(written);
+                done.unsplit(part);
+            }
+            result = result.and(match pause {
+                Err(e) => Err(e),
+                Ok(Some(Pause::Load(table))) => self.load(0, table).await,
+                Ok(Some(Pause::Prepare)) => self.flush_image().await,
+                Ok(Some(Pause::Wait)) if !decided => {
+                    progress.await;
+                    Ok(())
+                }
+                Ok(Some(Pause::Wait) | None) => Ok(()),
+            });
+        }
+        done.unsplit(rest);
+        self.start_writeback();
+        (result, done)
+    }
+
+    async fn perform(&self, job: Job) -> (Result<(), Errno>, PageBuf) {
+        let (allocation, buf) = match job {
+            Job::InPlace(host, buf) => return self.files[0].write(host, buf).await,
+            Job::Allocate(allocation, buf) => (allocation, buf),
+        };
+        let (result, buf) = self.fill_allocation(&allocation, buf).await;
+        self.finish(allocation, result);
+        (result, buf)
+    }
+
+    /// Commits or aborts an allocation and lets those who wait for it go on.
+    fn finish(&self, allocation: Allocation, result: Result<(), Errno>) {
+        {
+            let mut md = self.metadata();
+            match result {
+                Ok(()) => md.commit(allocation),
+                Err(_) => md.abort(allocation),
+            }
+        }
+        self.image.progress.notify_waiters();
+    }
+
+    /// Writes an allocation's data and, around it, the old content of its clusters.
+    async fn fill_allocation(&self, a: &Allocation, buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        let (head, tail) = (a.head(), a.tail());
+        let nothing_around = (head.is_empty() && tail.is_empty()) || (a.zero_around && a.untouched);
+        if nothing_around {
+            return self.files[0].write(a.data_host(), buf).await;
+        }
+        if a.clusters.len() <= ONE_PIECE {
+            let mut whole = PageBuf::new(a.clusters.len() as usize);
+            let rest = &mut whole[head.len() as usize..];
+            rest[..buf.len()].copy_from_slice(&buf);
+            let mut before = whole.split_to(head.len() as usize);
+            let data = whole.split_to(buf.len());
+            let mut after = whole;
+            for (range, part) in [(head, &mut before), (tail, &mut after)] {
+                let old = std::mem::replace(part, PageBuf::new(0));
+                let (result, old) = self.read_old(a, range, old).await;
+                *part = old;
+                if let Err(e) = result {
+                    return (Err(e), buf);
+                }
+            }
+            before.unsplit(data);
+            before.unsplit(after);
+            return (self.files[0].write(a.host, before).await.0, buf);
+        }
+        let tail_host = HostOffset(a.host.0 + (tail.start().0 - a.clusters.start().0));
+        let around = join_all([(head, a.host), (tail, tail_host)].map(|(range, host)| self.copy_old(a, range, host)));
+        let (around, (data, buf)) = tokio::join!(around, self.files[0].write(a.data_host(), buf));
+        (around.into_iter().fold(data, Result::and), buf)
+    }
+
+    async fn copy_old(&self, a: &Allocation, range: ByteRange, host: HostOffset) -> Result<(), Errno> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (result, old) = self.read_old(a, range, PageBuf::new(range.len() as usize)).await;
+        result?;
+        self.files[0].write(host, old).await.0
+    }
+
+    /// The content around an allocation before the write; zeroes beyond the end of the disk.
+    async fn read_old(&self, a: &Allocation, range: ByteRange, mut buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        if a.zero_around || range.is_empty() {
+            buf.fill(0);
+            return (Ok(()), buf);
+        }
+        let inside = range.clip(self.image.size());
+        let mut part = buf.split_to(inside.len() as usize);
+        buf.fill(0);
+        let mut result = Ok(());
+        if !inside.is_empty() {
+            (result, part) = self.read_range(inside, part).await;
+        }
+        part.unsplit(buf);
+        (result, part)
+    }
+
+    // ---- zeroing
+
+    async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
+        let mut rest = range;
+        let mut decisions = 0;
+        while !rest.is_empty() {
+            decisions += 1;
+            if decisions % TURN == 0 {
+                self.start_writeback();
+                ring::yield_now().await;
+            }
+            self.make_room().await?;
+            let operation = self.operation();
+            let progress = self.image.progress.notified();
+            let mut progress = std::pin::pin!(progress);
+            progress.as_mut().enable();
+            let answer = self.metadata().begin_zero(rest, mode);
+            match answer {
+                Ok(Zero::Done(len)) => rest = rest.skip(len),
+                Ok(Zero::Data(len)) => {
+                    drop(operation); // the write is an operation of its own
+                    self.write_zero_bytes(rest.prefix(len)).await?;
+                    rest = rest.skip(len);
+                }
+                Ok(Zero::Allocate(allocation)) => {
+                    let len = allocation.range.len();
+                    let host = HostRange::new(allocation.host, allocation.clusters.len());
+                    let result = raw::reserve(&self.files[0], host).await;
+                    self.finish(allocation, result);
+                    result?;
+                    rest = rest.skip(len);
+                }
+                Ok(Zero::Load(table)) => self.load(0, table).await?,
+                Ok(Zero::Prepare) => {
+                    drop(operation);
+                    self.flush_image().await?;
+                }
+                Ok(Zero::Wait) => {
+                    drop(operation);
+                    progress.await;
+                }
+                Err(fault) => return Err(self.fault(0, fault)),
+            }
+        }
+        self.start_writeback();
+        Ok(())
+    }
+
+    async fn write_zero_bytes(&self, range: ByteRange) -> Result<(), Errno> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = rest.prefix(ZERO_CHUNK);
+            self.write(part.start(), PageBuf::zeroed(part.len() as usize)).await.0?;
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    /// Whether zeroing `range` needs no data written.
+    async fn zeroes_fast(&self, range: ByteRange) -> Result<bool, Errno> {
+        let (cluster, fast) = {
+            let md = self.metadata();
+            (md.layout().cluster(), md.zeroes_fast())
+        };
+        if !fast {
+            return Ok(false);
+        }
+        let end = range.end().0;
+        let first_whole = range.start().0.next_multiple_of(cluster).min(end);
+        let last_whole = if end == self.image.size() { end } else { (end / cluster * cluster).max(first_whole) };
+        for part in [ByteRange::between(range.start().0, first_whole), ByteRange::between(last_whole, end)] {
+            let pieces = self.resolve(part, usize::MAX).await?;
+            if !pieces.iter().all(|p| matches!(p.from, From::Zero { .. })) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    // ---- write-back nobody waits for
+
+    /// Waits for a write-back when more metadata waits in memory than may: a client that writes all over a huge disk
+    /// makes it faster than it can be written.
+    async fn make_room(&self) -> Result<(), Errno> {
+        if self.metadata().overfull() {
+            self.flush_image().await?;
+        }
+        Ok(())
+    }
+
+    /// Starts a write-back when much waits in memory, so that a flush later is short and memory stays bounded.
+    fn start_writeback(&self) {
+        if self.writing_back.get() || !self.metadata().wants_writeback() {
+            return;
+        }
+        let Some(me) = self.me.upgrade() else { return };
+        self.writing_back.set(true);
+        ring::spawn(async move {
+            // its error is the next flush's to report: what could not be written is still to be written
+            let _ = me.flush_image().await;
+            me.writing_back.set(false);
+        });
+    }
+}
+
+/// Appends a piece, joined to the last where they continue each other.
+fn push(pieces: &mut Vec<Piece>, range: ByteRange, from: From) {
+    if let Some(last) = pieces.last_mut() {
+        let joins = match (last.from, from) {
+            (From::Zero { reserved: a }, From::Zero { reserved: b }) => a == b,
+            (From::File { layer: a, host: x }, From::File { layer: b, host: y }) => {
+                a == b && x.0 + last.range.len() == y.0
+            }
+            _ => false,
+        };
+        if joins {
+            last.range = ByteRange::between(last.range.start().0, range.end().0);
+            return;
+        }
+    }
+    pieces.push(Piece { range, from });
+}
+
+impl BlockDev for Disk {
+    fn geometry(&self) -> Geometry {
+        Disk::geometry_for(self.image.size(), self.writable)
+    }
+
+    async fn read(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        if buf.is_empty() {
+            return (Ok(()), buf);
+        }
+        let _operation = self.operation();
+        self.read_range(ByteRange::between(at.0, at.0 + buf.len() as u64), buf).await
+    }
+
+    async fn write(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        match self.is_raw() {
+            true => self.files[0].write(HostOffset(at.0), buf).await,
+            false => self.write_qcow2(at, buf).await,
+        }
+    }
+
+    async fn write_zeroes(&self, r: ByteRange, f: ZeroFlags) -> Result<(), Errno> {
+        if self.is_raw() {
+            return raw::write_zeroes(&self.files[0], r, f).await;
+        }
+        if f.fast && !self.zeroes_fast(r).await? {
+            return Err(Errno::ENOTSUP);
+        }
+        self.zero_qcow2(r, if f.may_unmap { ZeroMode::Unmap } else { ZeroMode::Provision }).await
+    }
+
+    async fn discard(&self, r: ByteRange) -> Result<(), Errno> {
+        match self.is_raw() {
+            true => raw::discard(&self.files[0], r).await,
+            false => self.zero_qcow2(r, ZeroMode::Discard).await,
+        }
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        match self.writable {
+            true => self.flush_image().await,
+            false => Ok(()),
+        }
+    }
+
+    async fn extents(&self, r: ByteRange, most: usize) -> Result<Vec<Extent>, Errno> {
+        let _operation = self.operation();
+        let most = most.min(MAX_EXTENTS);
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut rest = r;
+        // a batch at a time: who wants one extent of a fragmented disk does not wait for all of them
+        while !rest.is_empty() && extents.len() <= most {
+            for piece in self.resolve(rest, EXTENT_BATCH).await? {
+                rest = rest.skip(piece.range.len());
+                match piece.from {
+                    From::Zero { reserved } => add(&mut extents, piece.range.len(), !reserved, true),
+                    From::Packed { .. } => add(&mut extents, piece.range.len(), false, false),
+                    From::File { layer, host } => {
+                        let run = HostRange::new(host, piece.range.len());
+                        for (len, hole) in self.file_extents(layer, run, most) {
+                            add(&mut extents, len, hole, hole);
+                        }
+                    }
+                }
+                if extents.len() > most {
+                    break;
+                }
+            }
+        }
+        extents.truncate(most);
+        Ok(extents)
+    }
+
+    async fn cache(&self, r: ByteRange) -> Result<(), Errno> {
+        let _operation = self.operation();
+        for piece in self.resolve(r, MAX_EXTENTS).await? {
+            if let From::File { layer, host } = piece.from
+                && let Storage::File { file, .. } = &self.image.layers[layer].storage
+            {
+                raw::will_need(file, HostRange::new(host, piece.range.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends an extent, joined to the last of the same kind.
+fn add(extents: &mut Vec<Extent>, len: u64, hole: bool, zero: bool) {
+    match extents.last_mut() {
+        Some(last) if last.hole == hole && last.zero == zero => last.len += len,
+        _ => extents.push(Extent { len, hole, zero }),
+    }
+}

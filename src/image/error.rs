@@ -1,0 +1,110 @@
+//! Why an image cannot be opened or made: always with its path, and what to do.
+
+use super::Format;
+use crate::qcow2::HeaderError;
+use std::io;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// An image that cannot be opened, created or described.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A system call on the file failed.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("{}: is a {kind}; only regular files and block devices can be served", path.display())]
+    FileType {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The header does not describe an image we can serve.
+    #[error("{}: {source}", path.display())]
+    Header {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        source: HeaderError,
+    },
+    /// A table outside the header is broken.
+    #[error("{}: {why}", path.display())]
+    Broken {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The image must not be written.
+    #[error("{}: cannot be opened for writing: {why}", path.display())]
+    NotWritable {
+        /// The image.
+        path: PathBuf,
+        /// Why, and what to do.
+        why: &'static str,
+    },
+    /// The backing file's format is not in the header.
+    #[error(
+        "{}: names the backing file {backing:?} without its format, which is not guessed; \
+         store it with `qemu-img rebase -u -b {backing} -F FORMAT {}`", path.display(), path.display()
+    )]
+    NoBackingFormat {
+        /// The overlay.
+        path: PathBuf,
+        /// The name it stores.
+        backing: String,
+    },
+    /// The backing file's name or format is one we do not follow.
+    #[error("{}: backing file {backing:?}: {why}", path.display())]
+    Backing {
+        /// The overlay.
+        path: PathBuf,
+        /// The name it stores.
+        backing: String,
+        /// Why it is refused, and what to do.
+        why: String,
+    },
+    /// Another program uses the file.
+    #[error("{}: is in use by another program (its {lock} lock is held); {remedy}", path.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// Which of QEMU's permissions clashes.
+        lock: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// One file is wanted in two formats at the same time.
+    #[error("{}: is being served as {served}, it cannot be served as {wanted} at the same time", path.display())]
+    TwoFormats {
+        /// The file.
+        path: PathBuf,
+        /// The format in use.
+        served: Format,
+        /// The format asked for.
+        wanted: Format,
+    },
+    /// A new image cannot be as wished.
+    #[error("{}: {why}", path.display())]
+    Create {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with the wish, and what is possible.
+        why: String,
+    },
+}
+
+impl Error {
+    pub(super) fn io(path: &std::path::Path, action: &'static str) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_owned();
+        move |source| Error::Io { path, action, source }
+    }
+}
