@@ -1,1 +1,9 @@
-//! (being built)
+//! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry).
+
+pub mod config;
+pub mod keyfile;
+pub mod load;
+pub mod plan;
+pub mod problem;
+mod reader;
+pub mod registry;

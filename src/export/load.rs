@@ -1,0 +1,389 @@
+//! Reads the configuration from disk: the base file and, sorted by name, the `*.conf` files of its `includedir`.
+//!
+//! Promises: reads what is there and never waits (a FIFO or a directory named `x.conf` is an error, not a hang);
+//! every file's size and the number of files are limited; one bad file does not hide the others. A file that looks
+//! half-written is reported in [`Loaded::unstable`], so that the daemon can read again shortly after; waiting is the
+//! daemon's business. The deciding part is [`assemble`], which is pure.
+
+use crate::export::config::{self, ExportConfig, Parsed, Role, ServerConfig};
+use crate::export::problem::{Problem, Severity};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// Largest configuration file in bytes.
+pub const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Most `*.conf` files in `includedir`.
+pub const MAX_FILES: usize = 65_536;
+/// How long after its last change an empty or broken file passes for one that is still being written.
+pub const FRESH: Duration = Duration::from_secs(1);
+
+/// The whole configuration as found.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// The `[generic]` group. `None`: the base file cannot be relied on (the problems say why), so nothing here may
+    /// take effect.
+    pub server: Option<ServerConfig>,
+    /// Every export that can be served, sorted by name; names are unique.
+    pub exports: Vec<ExportConfig>,
+    /// Files whose exports stay what they were: those with errors and those in `unstable`.
+    pub failed: BTreeSet<PathBuf>,
+    /// Export names that several files define: these exports stay what they were.
+    pub contested: BTreeSet<String>,
+    /// Everything found, file by file.
+    pub problems: Vec<Problem>,
+    /// Files that look half-written: read again shortly.
+    pub unstable: BTreeSet<PathBuf>,
+    /// What each file looked like when it was read; two loads with equal stamps read the same.
+    pub stamps: Stamps,
+    /// The stamps of files that changed within [`FRESH`]: although they look complete, more may follow.
+    pub recent: Stamps,
+}
+
+impl Loaded {
+    /// Whether something asked for does not take effect.
+    pub fn has_errors(&self) -> bool {
+        self.problems.iter().any(|p| p.severity > Severity::Warning)
+    }
+}
+
+/// What files looked like when they were read.
+pub type Stamps = BTreeMap<PathBuf, Stamp>;
+
+/// Whether files still look as they did when they were read.
+pub fn unchanged(stamps: &Stamps) -> bool {
+    stamps.iter().all(|(path, stamp)| path.metadata().is_ok_and(|now| Stamp::of(&now) == *stamp))
+}
+
+/// Whether one of the files changed within [`FRESH`].
+pub fn any_fresh(stamps: &Stamps) -> bool {
+    let now = SystemTime::now();
+    stamps.values().any(|stamp| stamp.is_fresh(now))
+}
+
+/// A file's identity and last change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    size_bytes: u64,
+    modified_ns: i128,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        Stamp {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size_bytes: metadata.len(),
+            modified_ns: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
+        }
+    }
+
+    /// Changed less than [`FRESH`] before (or, with a clock that was set, after) `now`.
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        let now_ns = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i128);
+        (now_ns - self.modified_ns).unsigned_abs() < FRESH.as_nanos()
+    }
+}
+
+/// Reads the base file `path` and what it includes.
+pub fn load(path: &Path) -> Loaded {
+    load_again(path, &Stamps::new())
+}
+
+/// Like [`load`], knowing what an earlier load saw: a file whose last line is not ended is complete after all when
+/// it has not changed since.
+pub fn load_again(path: &Path, seen: &Stamps) -> Loaded {
+    let now = SystemTime::now();
+    let base_path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let base = read_and_parse(&base_path, Role::Base, seen, now).unwrap_or_else(|| {
+        let what = "the configuration file does not exist";
+        Piece::unreadable(&base_path, what.into(), "create it, or name another one with -c")
+    });
+    let mut included = Vec::new();
+    let mut includedir_problem = None;
+    if let Some(directory) = base.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
+        match list(directory) {
+            Ok(files) => {
+                included = files.iter().filter_map(|f| read_and_parse(f, Role::Included, seen, now)).collect();
+            }
+            Err(what) => {
+                let what = format!("includedir {}: {what}", directory.display());
+                includedir_problem =
+                    Some(Problem::in_file(Severity::Error, &base_path, what, "create it, or change the key"));
+            }
+        }
+    }
+    let mut loaded = assemble(base, included);
+    if let Some(problem) = includedir_problem {
+        // the directory's exports are unknown, which is not the same as none
+        loaded.server = None;
+        loaded.problems.push(problem);
+    }
+    loaded
+}
+
+/// The `*.conf` entries of a directory in sorted order.
+fn list(directory: &Path) -> Result<Vec<PathBuf>, String> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(|e| e.to_string())? {
+        let entry = entry.map_err(|e| e.to_string())?;
+        if entry.file_name().as_encoded_bytes().ends_with(b".conf") {
+            files.push(entry.path());
+        }
+        if files.len() > MAX_FILES {
+            return Err(format!("more than {MAX_FILES} .conf files"));
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// One file, read.
+#[derive(Debug)]
+pub struct Piece {
+    path: PathBuf,
+    parsed: Parsed,
+    stamp: Option<Stamp>,
+    unstable: bool,
+    fresh: bool,
+}
+
+impl Piece {
+    fn unreadable(path: &Path, what: String, remedy: &str) -> Piece {
+        let problems = vec![Problem::in_file(Severity::Error, path, what, remedy)];
+        let parsed = Parsed { server: None, exports: Vec::new(), defined: Vec::new(), problems, failed: true };
+        Piece { path: path.to_owned(), parsed, stamp: None, unstable: false, fresh: false }
+    }
+}
+
+/// `None`: there is no such file (any more).
+fn read_and_parse(path: &Path, role: Role, seen: &Stamps, now: SystemTime) -> Option<Piece> {
+    let content = match read(path) {
+        Ok(content) => content,
+        // gone since the directory was listed; a dangling link, however, is there and cannot be read
+        Err(e) if e.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() => return None,
+        Err(e) => {
+            let remedy = "make it a readable file, or remove it";
+            return Some(Piece::unreadable(path, format!("cannot be read: {e}"), remedy));
+        }
+    };
+    let parsed = config::parse(&content.text, path, role);
+    let fresh = content.stamp.is_fresh(now);
+    let unended = content.text.last().is_some_and(|b| *b != b'\n') && seen.get(path) != Some(&content.stamp);
+    let incomplete = content.text.is_empty() || parsed.failed || unended;
+    let unstable = content.changed || (fresh && incomplete);
+    Some(Piece { path: path.to_owned(), parsed, stamp: Some(content.stamp), unstable, fresh })
+}
+
+struct Content {
+    text: Vec<u8>,
+    stamp: Stamp,
+    /// It changed while it was read.
+    changed: bool,
+}
+
+fn read(path: &Path) -> io::Result<Content> {
+    // without O_NONBLOCK a FIFO would wait for a writer
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let before = checked_stamp(&file)?;
+    let mut text = Vec::new();
+    (&mut file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(io::Error::other(format!("larger than {MAX_FILE_BYTES} bytes")));
+    }
+    let after = checked_stamp(&file)?;
+    let changed = before != after || after.size_bytes != text.len() as u64;
+    Ok(Content { text, stamp: after, changed })
+}
+
+fn checked_stamp(file: &File) -> io::Result<Stamp> {
+    let metadata = file.metadata()?;
+    match metadata.is_file() {
+        true => Ok(Stamp::of(&metadata)),
+        false => Err(io::Error::other("not a regular file")),
+    }
+}
+
+/// Puts the files together: finds names defined twice and sets failed files aside.
+pub fn assemble(base: Piece, included: Vec<Piece>) -> Loaded {
+    let mut loaded = Loaded { server: base.parsed.server.clone(), ..Loaded::default() };
+    let mut owners: BTreeMap<String, (PathBuf, u32)> = BTreeMap::new();
+    for piece in std::iter::once(base).chain(included) {
+        if let Some(stamp) = piece.stamp {
+            loaded.stamps.insert(piece.path.clone(), stamp);
+            if piece.fresh {
+                loaded.recent.insert(piece.path.clone(), stamp);
+            }
+        }
+        loaded.problems.extend(piece.parsed.problems);
+        if piece.unstable {
+            loaded.unstable.insert(piece.path.clone());
+        }
+        if piece.unstable || piece.parsed.failed {
+            loaded.failed.insert(piece.path);
+            continue;
+        }
+        for (name, line) in piece.parsed.defined {
+            match owners.get(&name) {
+                Some((first_file, first_line)) => {
+                    let what = format!("{}:{first_line} defines the same export", first_file.display());
+                    let remedy = "remove one of the two; until then this export stays as it was";
+                    let problem = Problem::in_file(Severity::Error, &piece.path, what, remedy);
+                    loaded.problems.push(problem.at(line).group(&name));
+                    loaded.contested.insert(name);
+                }
+                None => {
+                    owners.insert(name, (piece.path.clone(), line));
+                }
+            }
+        }
+        loaded.exports.extend(piece.parsed.exports);
+    }
+    let contested = &loaded.contested;
+    loaded.exports.retain(|e| !contested.contains(&e.name));
+    loaded.exports.sort_by(|a, b| a.name.cmp(&b.name));
+    loaded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A configuration directory: `config` includes `conf.d`.
+    struct Directory(tempfile::TempDir);
+
+    impl Directory {
+        fn new() -> Directory {
+            let directory = Directory(tempfile::tempdir().expect("temporary directory"));
+            fs::create_dir(directory.path("conf.d")).expect("conf.d");
+            directory.write("config", "[generic]\nincludedir = conf.d\n");
+            directory
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            fs::write(self.path(name), text).expect("write");
+        }
+
+        /// Makes every file look as if it had been written long ago.
+        fn age(&self) {
+            let included = fs::read_dir(self.path("conf.d")).expect("list").map(|e| e.expect("entry").path());
+            for file in included.chain([self.path("config")]).filter(|p| p.is_file()) {
+                let old = SystemTime::now() - 10 * FRESH;
+                File::options().write(true).open(file).and_then(|f| f.set_modified(old)).expect("age");
+            }
+        }
+
+        fn load(&self) -> Loaded {
+            load(&self.path("config"))
+        }
+    }
+
+    fn names(loaded: &Loaded) -> Vec<&str> {
+        loaded.exports.iter().map(|e| e.name.as_str()).collect()
+    }
+
+    fn errors(loaded: &Loaded) -> Vec<String> {
+        loaded.problems.iter().filter(|p| p.severity == Severity::Error).map(|p| p.to_string()).collect()
+    }
+
+    #[test]
+    fn included_files_are_read_and_others_are_not() {
+        let d = Directory::new();
+        d.write("conf.d/b.conf", "[b]\nexportname=/b\n");
+        d.write("conf.d/a.conf", "[c]\nexportname=/c\n[a]\nexportname=/a\n");
+        d.write("conf.d/.hidden.conf", "[h]\nexportname=/h\n");
+        d.write("conf.d/x.conf~", "[x]\nexportname=/x\n");
+        d.write("conf.d/empty.conf", "");
+        fs::create_dir(d.path("conf.d/sub")).expect("sub");
+        d.write("conf.d/sub/n.conf", "[n]\nexportname=/n\n");
+        d.age();
+        let loaded = d.load();
+        assert_eq!(names(&loaded), ["a", "b", "c", "h"]);
+        // the relative includedir starts at the file that names it, and that is worth a warning
+        assert_eq!((loaded.problems.len(), loaded.has_errors(), loaded.recent.len()), (1, false, 0));
+        assert_eq!(loaded.exports[1].source.file, d.path("conf.d/b.conf"));
+    }
+
+    #[test]
+    fn a_bad_file_is_set_aside_alone() {
+        let d = Directory::new();
+        d.write("conf.d/bad.conf", "[x]\nexportname=/x\nreadonly=maybe\n");
+        d.write("conf.d/good.conf", "[a]\nexportname=/a\n");
+        d.age();
+        let loaded = d.load();
+        assert_eq!(names(&loaded), ["a"]);
+        assert_eq!(loaded.failed, BTreeSet::from([d.path("conf.d/bad.conf")]));
+        assert!(loaded.unstable.is_empty() && loaded.has_errors() && loaded.server.is_some());
+    }
+
+    #[test]
+    fn the_same_name_in_two_files_names_both() {
+        let d = Directory::new();
+        d.write("conf.d/a.conf", "[x]\nexportname=/1\n[a]\nexportname=/a\n");
+        d.write("conf.d/b.conf", "\n[x]\nexportname=/2\nauthfile=/refused\n");
+        d.age();
+        let loaded = d.load();
+        assert_eq!(names(&loaded), ["a"]);
+        assert!(loaded.contested.contains("x") && loaded.failed.is_empty());
+        let [error] = &errors(&loaded)[..] else { panic!("one error: {:?}", loaded.problems) };
+        assert!(error.contains("b.conf:2: error: [x]") && error.contains("a.conf:1 defines"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error_and_never_a_hang() {
+        let d = Directory::new();
+        fs::create_dir(d.path("conf.d/dir.conf")).expect("directory");
+        std::os::unix::fs::symlink("/nowhere/at/all", d.path("conf.d/link.conf")).expect("link");
+        nix::unistd::mkfifo(&d.path("conf.d/fifo.conf"), nix::sys::stat::Mode::S_IRWXU).expect("fifo");
+        d.write("conf.d/large.conf", &"#\n".repeat(MAX_FILE_BYTES as usize / 2 + 1));
+        d.write("conf.d/ok.conf", "[a]\nexportname=/a\n");
+        d.age();
+        let loaded = d.load();
+        assert_eq!((names(&loaded), loaded.failed.len()), (vec!["a"], 4));
+        assert_eq!(errors(&loaded).len(), 4);
+    }
+
+    #[test]
+    fn a_missing_includedir_or_base_file_leaves_nothing_to_rely_on() {
+        let d = Directory::new();
+        d.write("config", "[generic]\nincludedir = /nowhere/at/all\n[a]\nexportname=/a\n");
+        let loaded = d.load();
+        assert!(loaded.server.is_none());
+        assert!(errors(&loaded)[0].contains("/nowhere/at/all"));
+        let loaded = load(&d.path("nowhere"));
+        assert!(loaded.server.is_none() && errors(&loaded)[0].contains("does not exist"));
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_is_unstable() {
+        let d = Directory::new();
+        d.write("conf.d/empty.conf", "");
+        d.write("conf.d/torn.conf", "[x]\nexportna");
+        d.write("conf.d/unended.conf", "[y]\nexportname=/srv/y.qco");
+        d.write("conf.d/whole.conf", "[a]\nexportname=/a\n");
+        let first = d.load();
+        assert_eq!(first.unstable.len(), 3);
+        assert_eq!(first.failed, first.unstable);
+        assert!(first.recent.contains_key(&d.path("conf.d/whole.conf")) && unchanged(&first.recent));
+        assert_eq!(names(&first), ["a"]);
+        // unchanged since: the last line is simply not ended
+        let second = load_again(&d.path("config"), &first.stamps);
+        assert_eq!(second.stamps, first.stamps);
+        assert_eq!(names(&second), ["a", "y"]);
+        // long unchanged: empty means empty, and an error is an error
+        d.age();
+        let third = d.load();
+        assert!(third.unstable.is_empty() && third.recent.is_empty() && !unchanged(&first.recent));
+        assert_eq!(third.failed, BTreeSet::from([d.path("conf.d/torn.conf")]));
+    }
+}
