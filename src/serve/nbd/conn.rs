@@ -1,0 +1,158 @@
+//! One NBD client from greeting to goodbye, on the thread of its worker.
+//!
+//! Whatever the client does (vanish, stall, send garbage) ends its own connection only. Requests received whole are
+//! completed, and then its hold on the export is given up with `Client::detach`, which flushes the image when the last
+//! writer leaves. No panic in between skips that: the parts that talk to the client are run apart from it.
+
+use super::gauge::Gauge;
+use super::negotiate::{NoDeal, negotiate};
+use super::out::{Out, write_replies};
+use super::receive::{End, Reader};
+use super::session::Session;
+use crate::block::BlockDev;
+use crate::export::registry::{Client, Registry};
+use crate::nbd::handshake::Agreed;
+use crate::ring::{self, Stream};
+use futures_util::FutureExt;
+use std::cell::Cell;
+use std::future::Future;
+use std::net::Shutdown;
+use std::panic::AssertUnwindSafe;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tracing::{debug, error, info, warn};
+
+/// How long replies may wait for a client that takes none of them, once no more requests are read.
+const STALL_LIMIT: Duration = Duration::from_secs(10);
+/// How long the last replies get to arrive before the connection is reset by requests that were not read.
+const LINGER: Duration = Duration::from_secs(1);
+/// Bytes of unread requests forgotten with one call meanwhile.
+const LINGER_BYTES: usize = 4096;
+
+/// What every connection needs to know.
+pub struct Context {
+    /// The exports.
+    pub registry: Arc<Registry>,
+    /// Whether clients may list them.
+    pub list_allowed: bool,
+}
+
+/// Serves one client. Ends when the client has gone or `shutdown` turned true, and everything it started is over.
+///
+/// Runs on a worker: inside `ring::spawn` or `ring::run`.
+pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::Receiver<bool>) {
+    let peer = stream.peer().to_owned();
+    // A daemon that dropped its side of the channel is going away too.
+    let mut stop = pin!(async move { drop(shutdown.wait_for(|&stop| stop).await) });
+    let mut held = None;
+    // Boxed: its memory is not needed any more while the connection lasts.
+    let deal = {
+        let talk: Pin<Box<dyn Future<Output = _>>> = Box::pin(negotiate(&stream, &context, &mut held, stop.as_mut()));
+        AssertUnwindSafe(talk).catch_unwind().await
+    };
+    match (deal, held.take()) {
+        (Ok(Ok((agreed, rest))), Some(client)) => {
+            transmit(stream, &peer, client, agreed, &rest, stop).await;
+        }
+        (deal, client) => {
+            match deal {
+                Ok(Ok(_)) => error!(%peer, "handshake ended without an export"),
+                Ok(Err(reason @ NoDeal::Violation(_))) => warn!(%peer, %reason, "client broke the protocol"),
+                Ok(Err(reason)) => debug!(%peer, %reason, "no transmission phase"),
+                Err(_) => error!(%peer, "handshake panicked"),
+            }
+            if let Some(client) = client {
+                client.detach().await;
+            }
+        }
+    }
+}
+
+/// The transmission phase, and the end of the connection.
+async fn transmit(
+    stream: Stream,
+    peer: &str,
+    client: Client,
+    agreed: Agreed,
+    rest: &[u8],
+    stop: Pin<&mut dyn Future<Output = ()>>,
+) {
+    let export = agreed.name.clone();
+    info!(%peer, %export, "client connected");
+    let stream = Rc::new(stream);
+    let out = Rc::new(Out::new(Rc::clone(&stream)));
+    ring::spawn(write_replies(Rc::clone(&out)));
+    let session = Rc::new(Session {
+        stream: Rc::clone(&stream),
+        export: Arc::clone(client.export()),
+        disk: Rc::clone(client.disk()),
+        geometry: client.disk().geometry(),
+        agreed,
+        out,
+        gauge: Rc::new(Gauge::default()),
+        bytes_read: Cell::new(0),
+        bytes_written: Cell::new(0),
+    });
+
+    let reader = Reader::new(&session, rest, stop).run();
+    let end = AssertUnwindSafe(reader).catch_unwind().await.unwrap_or(End::Panicked);
+    session.out.attend(false);
+    if let End::Violation(violation) = &end {
+        warn!(%peer, %export, reason = %violation, "client broke the protocol");
+    }
+    drain(&session).await;
+    let deaf = session.out.has_failed();
+    let (bytes_read, bytes_written) = (session.bytes_read.get(), session.bytes_written.get());
+
+    // The image first, then courtesy to the client. Nothing of ours may hold the image when `detach` returns: with
+    // everything drained this is the last reference to the session.
+    drop(session);
+    client.detach().await;
+    if matches!(end, End::Shutdown | End::Violation(_)) && !deaf {
+        linger(&stream).await;
+    }
+    // an error means that the client closed first
+    let _ = stream.shutdown(Shutdown::Both);
+    info!(%peer, %export, bytes_read, bytes_written, reason = %end, "client left");
+}
+
+/// Completes what is in flight and sends the replies, to a client that takes them.
+async fn drain(session: &Session) {
+    session.out.flush();
+    let mut before = session.out.progress();
+    while timeout(STALL_LIMIT, session.gauge.idle()).await.is_err() {
+        let (queued, sent) = session.out.progress();
+        if queued > 0 && before.0 > 0 && sent == before.1 {
+            session.out.fail();
+        }
+        before = (queued, sent);
+    }
+    session.out.close();
+}
+
+/// Says that nothing more will come, and waits a moment for the client to hear it. Closing a TCP socket with unread
+/// bytes resets the connection, and the client may lose replies that are still on their way.
+async fn linger(stream: &Stream) {
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut forget = vec![0; LINGER_BYTES];
+    let gone = async {
+        loop {
+            match stream.try_read(&mut forget) {
+                Ok(0) => return,
+                Ok(_) => ring::yield_now().await,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    if stream.readable().await.is_err() {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+    };
+    // Running out of time is the other way to end.
+    drop(timeout(LINGER, gone).await);
+}

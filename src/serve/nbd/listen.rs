@@ -1,0 +1,380 @@
+//! Listening sockets and the accept loop, on the control thread.
+//!
+//! [`Listeners::bind`] takes the addresses when the daemon starts, so that it can say "ready" truthfully;
+//! [`Listeners::serve`] hands each client to a worker and ends when, after shutdown, the last client has gone.
+
+use super::conn::{self, Context};
+use crate::ring::{self, StdStream, Stream, Workers};
+use futures_util::future::join_all;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, listen, setsockopt, socket,
+    sockopt,
+};
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Notify, watch};
+use tracing::{debug, error, info, warn};
+
+/// Clients served at a time, all exports together. What comes above is closed at once.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// Pause after an accept that failed, so that a lack of descriptors does not become a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// Every IPv6 and IPv4 address of the machine, on this port (0: one the kernel chooses).
+    Any(u16),
+    /// One IP address and port.
+    Tcp(SocketAddr),
+    /// A Unix socket at this path.
+    Unix(PathBuf),
+}
+
+/// An address that cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// TCP.
+    #[error("cannot listen on {address}: {source}")]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something is at the path that must not be removed.
+    #[error("cannot listen on {}: it exists and is not a socket; choose another path or remove it", .0.display())]
+    NotASocket(PathBuf),
+    /// Another process answers there.
+    #[error("cannot listen on {}: another server is listening there", .0.display())]
+    InUse(PathBuf),
+    /// Unix socket.
+    #[error("cannot listen on {}: {source}", .path.display())]
+    Unix {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Bound sockets.
+pub struct Listeners {
+    sockets: Vec<Listening>,
+}
+
+enum Listening {
+    Tcp(TcpListener),
+    Unix { listener: UnixListener, _file: SocketFile },
+}
+
+impl Listeners {
+    /// Binds every address or none. Must be called inside the control thread's tokio runtime.
+    pub fn bind(addresses: &[Address]) -> Result<Listeners, BindError> {
+        let mut sockets = Vec::new();
+        for address in addresses {
+            match address {
+                Address::Any(port) => bind_any(*port, &mut sockets)?,
+                Address::Tcp(address) => sockets.push(Listening::Tcp(bind_tcp(*address)?)),
+                Address::Unix(path) => sockets.push(bind_unix(path)?),
+            }
+        }
+        Ok(Listeners { sockets })
+    }
+
+    /// The TCP addresses in use, with the ports the kernel chose.
+    pub fn tcp_addresses(&self) -> Vec<SocketAddr> {
+        let addresses = self.sockets.iter().map(|socket| match socket {
+            Listening::Tcp(listener) => listener.local_addr().ok(),
+            Listening::Unix { .. } => None,
+        });
+        addresses.flatten().collect()
+    }
+
+    /// Accepts clients until `shutdown` turns true, then waits until those connected have gone.
+    pub async fn serve(self, workers: Workers, context: Arc<Context>, shutdown: watch::Receiver<bool>) {
+        let door = Door { workers, context, shutdown, connections: Arc::default() };
+        let mut stop = door.shutdown.clone();
+        let accepting = join_all(self.sockets.iter().map(|socket| door.accept_from(socket)));
+        tokio::select! {
+            _ = stop.wait_for(|&stop| stop) => {}
+            _ = accepting => {}
+        }
+        // New clients are refused from here on, not left waiting in the backlog.
+        drop(self);
+        door.connections.all_gone().await;
+    }
+}
+
+/// What the accept loops share.
+struct Door {
+    workers: Workers,
+    context: Arc<Context>,
+    shutdown: watch::Receiver<bool>,
+    connections: Arc<Connections>,
+}
+
+impl Door {
+    async fn accept_from(&self, socket: &Listening) {
+        let mut failing = false;
+        loop {
+            match accept(socket).await {
+                Ok(client) => {
+                    failing = false;
+                    self.admit(client);
+                }
+                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(e) => {
+                    if !failing {
+                        error!(error = %e, "cannot accept clients; will go on trying");
+                        failing = true;
+                    }
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn admit(&self, client: StdStream) {
+        let Some(counted) = Connections::enter(&self.connections) else {
+            warn!(limit = MAX_CONNECTIONS, "too many clients, closing the newest");
+            return;
+        };
+        let (context, shutdown) = (Arc::clone(&self.context), self.shutdown.clone());
+        let load = self.workers.pick();
+        let worker = load.index();
+        let job = move || {
+            ring::spawn(async move {
+                match Stream::from_std(client) {
+                    Ok(stream) => conn::serve(stream, context, shutdown).await,
+                    Err(e) => debug!(error = %e, "client lost before it was served"),
+                }
+                drop((load, counted));
+            });
+        };
+        self.workers.run_on(worker, Box::new(job));
+    }
+}
+
+async fn accept(socket: &Listening) -> io::Result<StdStream> {
+    Ok(match socket {
+        Listening::Tcp(listener) => listener.accept().await?.0.into_std()?.into(),
+        Listening::Unix { listener, .. } => listener.accept().await?.0.into_std()?.into(),
+    })
+}
+
+/// How many clients there are.
+#[derive(Default)]
+struct Connections {
+    count: AtomicUsize,
+    /// Told when the count becomes zero.
+    none_left: Notify,
+}
+
+impl Connections {
+    fn enter(this: &Arc<Self>) -> Option<Counted> {
+        let entered =
+            this.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < MAX_CONNECTIONS).then_some(n + 1));
+        entered.is_ok().then(|| Counted(Arc::clone(this)))
+    }
+
+    async fn all_gone(&self) {
+        loop {
+            let none_left = self.none_left.notified();
+            // Acquire: what the last connection did on its worker is over for whoever sees zero.
+            if self.count.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            none_left.await;
+        }
+    }
+}
+
+/// One client in the count. Dropping it takes it out.
+#[must_use = "dropping it says that the client has gone"]
+struct Counted(Arc<Connections>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if self.0.count.fetch_sub(1, Ordering::Release) == 1 {
+            self.0.none_left.notify_waiters();
+        }
+    }
+}
+
+fn bind_any(port: u16, sockets: &mut Vec<Listening>) -> Result<(), BindError> {
+    // Two sockets, so that IPv4 clients are logged as such and a machine without IPv6 is served too.
+    let v6 = bind_tcp(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port));
+    let port = match v6 {
+        Ok(listener) => {
+            let port = listener.local_addr().map_or(port, |address| address.port());
+            sockets.push(Listening::Tcp(listener));
+            port
+        }
+        Err(BindError::Tcp { source, .. }) if has_no_ipv6(&source) => {
+            info!("this machine has no IPv6, listening on IPv4 only");
+            port
+        }
+        Err(e) => return Err(e),
+    };
+    sockets.push(Listening::Tcp(bind_tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))?));
+    Ok(())
+}
+
+fn has_no_ipv6(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL | libc::EPROTONOSUPPORT))
+}
+
+fn bind_tcp(address: SocketAddr) -> Result<TcpListener, BindError> {
+    listening_tcp(address).map_err(|source| BindError::Tcp { address, source })
+}
+
+fn listening_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let family = if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    // A restarted daemon must not wait for connections of its predecessor to time out.
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    TcpListener::from_std(fd.into())
+}
+
+fn bind_unix(path: &Path) -> Result<Listening, BindError> {
+    let fault = |source: io::Error| BindError::Unix { path: path.into(), source };
+    remove_stale(path)?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
+        .map_err(|e| fault(e.into()))?;
+    let address = UnixAddr::new(path).map_err(|e| fault(e.into()))?;
+    bind(fd.as_raw_fd(), &address).map_err(|e| fault(e.into()))?;
+    let file = SocketFile::at(path).map_err(fault)?;
+    let backlog = Backlog::new(BACKLOG).map_err(|e| fault(e.into()))?;
+    listen(&fd, backlog).map_err(|e| fault(e.into()))?;
+    Ok(Listening::Unix { listener: UnixListener::from_std(fd.into()).map_err(fault)?, _file: file })
+}
+
+/// Removes the socket file of a server that is no more. Nothing else is ever removed.
+fn remove_stale(path: &Path) -> Result<(), BindError> {
+    let fault = |source: io::Error| BindError::Unix { path: path.into(), source };
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(fault(e)),
+        Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket(path.into())),
+        Ok(_) => {}
+    }
+    match knock(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fault),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(fault(e)),
+        // Connected, or its backlog is full.
+        _ => Err(BindError::InUse(path.into())),
+    }
+}
+
+fn knock(path: &Path) -> io::Result<()> {
+    let fd: OwnedFd =
+        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    Ok(connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?)
+}
+
+/// The file of our Unix socket. Dropping it removes the file, if it is still ours.
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        Ok(SocketFile { path: path.into(), identity: identity(path)? })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            // A file that stays behind is recognised as stale by the next server.
+            drop(fs::remove_file(&self.path));
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind(addresses: &[Address]) -> Result<Listeners, BindError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { Listeners::bind(addresses) })
+    }
+
+    #[test]
+    fn every_address_family_on_one_port() {
+        let listeners = bind(&[Address::Any(0)]).unwrap();
+        let addresses = listeners.tcp_addresses();
+        assert!(addresses.iter().any(SocketAddr::is_ipv4));
+        let first = addresses[0].port();
+        assert!(first != 0 && addresses.iter().all(|a| a.port() == first));
+        let taken = bind(&[Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), first))]);
+        assert!(matches!(taken, Err(BindError::Tcp { .. })));
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_ours_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "std leaves the file behind");
+        let listeners = bind(&[Address::Unix(path.clone())]).unwrap();
+        assert!(matches!(bind(&[Address::Unix(path.clone())]), Err(BindError::InUse(_))));
+        drop(listeners);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_not_a_socket_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        assert!(matches!(bind(&[Address::Unix(path.clone())]), Err(BindError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+        let missing = dir.path().join("no/such/dir");
+        assert!(matches!(bind(&[Address::Unix(missing)]), Err(BindError::Unix { .. })));
+    }
+
+    #[test]
+    fn a_socket_that_replaced_ours_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let listeners = bind(&[Address::Unix(path.clone())]).unwrap();
+        fs::remove_file(&path).unwrap();
+        let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(listeners);
+        assert!(path.exists());
+        drop(other);
+    }
+
+    #[test]
+    fn clients_are_counted() {
+        let connections = Arc::new(Connections::default());
+        let all: Vec<_> = (0..MAX_CONNECTIONS).map(|_| Connections::enter(&connections).unwrap()).collect();
+        assert!(Connections::enter(&connections).is_none());
+        drop(all);
+        assert!(Connections::enter(&connections).is_some());
+    }
+}

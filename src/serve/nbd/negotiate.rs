@@ -1,0 +1,223 @@
+//! Drives the handshake: moves its bytes and answers what it asks from the registry.
+
+use super::conn::Context;
+use crate::block::{BlockDev, Geometry};
+use crate::export::config::ExportConfig;
+use crate::export::registry::{AttachError, Client};
+use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Purpose, Refusal, Step, Violation};
+use crate::nbd::{
+    NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_FAST_ZERO, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES,
+};
+use crate::ring::Stream;
+use bytes::BytesMut;
+use std::future::Future;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+/// How long a client may keep us waiting during its handshake, altogether. An idle handshake costs a descriptor.
+pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes received with one call.
+const RECEIVE_BYTES: usize = 4096;
+
+/// Why a connection ends without transmission phase.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoDeal {
+    #[error("client ended the negotiation")]
+    Aborted,
+    #[error("client closed the connection during the handshake")]
+    Closed,
+    #[error("handshake took longer than {} s", HANDSHAKE_LIMIT.as_secs())]
+    Slow,
+    #[error("server is shutting down")]
+    Shutdown,
+    #[error("export refused: {0}")]
+    Refused(String),
+    #[error("protocol violation: {0}")]
+    Violation(Violation),
+    #[error("connection failed: {0}")]
+    Failed(#[from] io::Error),
+}
+
+/// Negotiates until the transmission phase: returns what was agreed, and bytes received beyond the handshake.
+///
+/// On success `held` is the client's hold on the agreed export; whenever it is set, the caller detaches it.
+pub(super) async fn negotiate(
+    stream: &Stream,
+    context: &Context,
+    held: &mut Option<Client>,
+    stop: Pin<&mut dyn Future<Output = ()>>,
+) -> Result<(Agreed, BytesMut), NoDeal> {
+    let mut handshake = Handshake::new();
+    let mut wire = Wire { stream, stop, patience: HANDSHAKE_LIMIT, buf: vec![0; RECEIVE_BYTES] };
+    loop {
+        let step = handshake.step();
+        wire.send(&handshake.take_output()).await?;
+        match step {
+            Step::Read => handshake.feed(wire.receive().await?),
+            Step::Export { name, purpose: Purpose::Exists } => handshake.export(exists(context, &name)),
+            Step::Export { name, purpose: Purpose::Info } => handshake.export(describe(context, name).await),
+            Step::Export { name, purpose: Purpose::Go } => handshake.export(open(context, held, name).await),
+            Step::List if context.list_allowed => handshake.list(Ok(context.registry.names())),
+            Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
+            Step::Transmission(agreed) => return Ok((agreed, handshake.into_rest())),
+            Step::Close(Closing::Aborted) => return Err(NoDeal::Aborted),
+            Step::Close(Closing::Refused(refusal)) => return Err(NoDeal::Refused(words(refusal))),
+            Step::Close(Closing::Violation(violation)) => return Err(NoDeal::Violation(violation)),
+        }
+    }
+}
+
+/// The socket during the handshake, with the client's share of patience.
+struct Wire<'a> {
+    stream: &'a Stream,
+    stop: Pin<&'a mut dyn Future<Output = ()>>,
+    patience: Duration,
+    buf: Vec<u8>,
+}
+
+impl Wire<'_> {
+    async fn receive(&mut self) -> Result<&[u8], NoDeal> {
+        loop {
+            match self.stream.try_read(&mut self.buf) {
+                Ok(0) => return Err(NoDeal::Closed),
+                Ok(n) => return Ok(&self.buf[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(self.stream.readable()).await?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    async fn send(&mut self, mut bytes: &[u8]) -> Result<(), NoDeal> {
+        while !bytes.is_empty() {
+            match self.stream.try_write_vectored(&[IoSlice::new(bytes)]) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(self.stream.writable()).await?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the client. Only this is timed: opening an image may take longer, and is never given up halfway.
+    async fn wait(&mut self, ready: impl Future<Output = io::Result<()>>) -> Result<(), NoDeal> {
+        let start = Instant::now();
+        let outcome = tokio::select! {
+            biased;
+            () = &mut self.stop => Err(NoDeal::Shutdown),
+            ready = tokio::time::timeout(self.patience, ready) => match ready {
+                Ok(ready) => ready.map_err(NoDeal::from),
+                Err(_) => Err(NoDeal::Slow),
+            },
+        };
+        self.patience = self.patience.saturating_sub(start.elapsed());
+        outcome
+    }
+}
+
+fn exists(context: &Context, name: &str) -> Result<ExportInfo, Refusal> {
+    match context.registry.get(name) {
+        Some(_) => Ok(ExportInfo::default()),
+        None => Err(unknown(name)),
+    }
+}
+
+/// Describes an export without taking hold of it: who only asks disturbs nobody, and a listing of all exports works
+/// while some of them are in use elsewhere.
+async fn describe(context: &Context, name: String) -> Result<ExportInfo, Refusal> {
+    let Some(export) = context.registry.get(&name) else { return Err(unknown(&name)) };
+    let geometry = export.describe().await.map_err(|e| refused(&e))?;
+    Ok(info(name, export.config(), geometry))
+}
+
+/// Takes hold of the export.
+async fn open(context: &Context, held: &mut Option<Client>, name: String) -> Result<ExportInfo, Refusal> {
+    let Some(export) = context.registry.get(&name) else { return Err(unknown(&name)) };
+    let client = held.insert(export.attach().await.map_err(|e| refused(&e))?);
+    Ok(info(name, client.export().config(), client.disk().geometry()))
+}
+
+fn info(name: String, config: &ExportConfig, geometry: Geometry) -> ExportInfo {
+    ExportInfo {
+        flags: offer(config, geometry.read_only),
+        name,
+        description: None,
+        size: geometry.size,
+        min_block: geometry.min_block,
+        preferred_block: geometry.preferred_block,
+        max_payload: geometry.max_payload,
+    }
+}
+
+/// The transmission flags for an export. Everything we can do is offered unless the configuration turns it off with
+/// an explicit `false`; unlike nbd-server we do not wait for an explicit `true`.
+pub(super) fn offer(config: &ExportConfig, read_only: bool) -> u16 {
+    let on = |key: Option<bool>| key != Some(false);
+    let flag = |condition: bool, flag: u16| if condition { flag } else { 0 };
+    NBD_FLAG_HAS_FLAGS
+        | NBD_FLAG_CAN_MULTI_CONN
+        | NBD_FLAG_SEND_CACHE
+        | flag(read_only, NBD_FLAG_READ_ONLY)
+        | flag(config.rotational, NBD_FLAG_ROTATIONAL)
+        | flag(on(config.flush), NBD_FLAG_SEND_FLUSH)
+        | flag(on(config.fua), NBD_FLAG_SEND_FUA)
+        | flag(on(config.trim) && !read_only, NBD_FLAG_SEND_TRIM)
+        | flag(!read_only, NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO)
+}
+
+fn unknown(name: &str) -> Refusal {
+    Refusal::Unknown(format!("no export named {name:?} on this server"))
+}
+
+fn refused(e: &AttachError) -> Refusal {
+    match e {
+        AttachError::Full { .. } => Refusal::Policy(e.to_string()),
+        AttachError::Image { .. } => Refusal::Unknown(e.to_string()),
+    }
+}
+
+fn words(refusal: Refusal) -> String {
+    match refusal {
+        Refusal::Unknown(why) | Refusal::Policy(why) => why,
+        Refusal::Shutdown => "server is shutting down".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::config::{Format, Source};
+
+    fn config(switch: Option<bool>, rotational: bool) -> ExportConfig {
+        ExportConfig {
+            name: "disk".into(),
+            path: "/disk.raw".into(),
+            format: Format::Raw,
+            read_only: false,
+            flush: switch,
+            fua: switch,
+            trim: switch,
+            rotational,
+            max_connections: None,
+            source: Source { file: "/exports.conf".into(), line: 1 },
+        }
+    }
+
+    #[test]
+    fn everything_is_offered_unless_turned_off() {
+        let always = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
+        let zeroes = NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+        let switched = NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM;
+        assert_eq!(offer(&config(None, false), false), always | zeroes | switched);
+        assert_eq!(offer(&config(Some(true), true), false), always | zeroes | switched | NBD_FLAG_ROTATIONAL);
+        assert_eq!(offer(&config(Some(false), false), false), always | zeroes);
+    }
+
+    #[test]
+    fn a_read_only_export_offers_nothing_that_writes() {
+        let flags = offer(&config(None, false), true);
+        assert!(flags & NBD_FLAG_READ_ONLY != 0);
+        assert_eq!(flags & (NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO), 0);
+    }
+}

@@ -1,0 +1,165 @@
+//! What the reader, the requests and the writer of one connection share, and how a request gets its one answer.
+
+use super::gauge::{Gauge, Permit};
+use super::out::{Out, Payload, Reply};
+use crate::block::{Completion, Errno, Geometry, Op, Request};
+use crate::export::registry::Export;
+use crate::image::Disk;
+use crate::nbd::handshake::Agreed;
+use crate::nbd::{NBD_CMD_READ, reply, request};
+use crate::pagebuf::PageBuf;
+use crate::ring::Stream;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use tracing::trace;
+
+/// One connection in the transmission phase.
+pub(super) struct Session {
+    pub(super) stream: Rc<Stream>,
+    pub(super) export: Arc<Export>,
+    pub(super) disk: Rc<Disk>,
+    pub(super) geometry: Geometry,
+    pub(super) agreed: Agreed,
+    pub(super) out: Rc<Out>,
+    pub(super) gauge: Rc<Gauge>,
+    /// Payload bytes of reads that succeeded.
+    pub(super) bytes_read: Cell<u64>,
+    /// Payload bytes of writes that succeeded.
+    pub(super) bytes_written: Cell<u64>,
+}
+
+impl Session {
+    /// Validates and carries out one request, or a piece of one. A range of no bytes is validated and succeeds with
+    /// nothing done; a flush has no range and is always carried out.
+    pub(super) async fn submit(&self, op: Op, offset: u64, len: u64, fua: bool) -> Completion {
+        let nothing = len == 0 && !matches!(op, Op::Flush);
+        match Request::new(op, offset, len, fua, &self.geometry) {
+            Ok(_) if nothing => Completion { result: Ok(()), buf: None, extents: Vec::new() },
+            Ok(request) => self.export.submit(&*self.disk, request).await,
+            Err(e) => Completion { result: Err(e), buf: None, extents: Vec::new() },
+        }
+    }
+}
+
+/// An open request: exactly one answer will be given for it.
+///
+/// Dropping it unanswered (the request's task panicked) answers EIO, so no client waits for ever.
+#[must_use = "dropping an unanswered ticket answers EIO"]
+pub(super) struct Ticket {
+    session: Rc<Session>,
+    cookie: u64,
+    reading: bool,
+    /// `None` once answered.
+    permit: Option<Permit>,
+}
+
+impl Ticket {
+    pub(super) fn new(session: &Rc<Session>, header: &request::Header, permit: Permit) -> Self {
+        let reading = header.kind == NBD_CMD_READ;
+        Ticket { session: Rc::clone(session), cookie: header.cookie, reading, permit: Some(permit) }
+    }
+
+    pub(super) fn session(&self) -> &Rc<Session> {
+        &self.session
+    }
+
+    /// Success without payload.
+    pub(super) fn succeed(mut self) {
+        let head = if self.reading && self.session.agreed.structured {
+            reply::none(self.cookie)
+        } else {
+            reply::simple(self.cookie, Ok(()))
+        };
+        self.answer(head, Payload::None);
+    }
+
+    /// The error `e`.
+    pub(super) fn fail(mut self, e: Errno) {
+        self.answer_error(e);
+    }
+
+    /// The errno of `result`, or success without payload.
+    pub(super) fn finish(self, result: Result<(), Errno>) {
+        match result {
+            Ok(()) => self.succeed(),
+            Err(e) => self.fail(e),
+        }
+    }
+
+    /// All data of a read, `buf` not empty.
+    pub(super) fn data(mut self, offset: u64, buf: PageBuf) {
+        self.count_read(buf.len());
+        let head = if self.session.agreed.structured {
+            reply::offset_data(self.cookie, offset, buf.len(), true)
+        } else {
+            reply::simple(self.cookie, Ok(()))
+        };
+        self.answer(head, Payload::Data(buf));
+    }
+
+    /// A part of the data of a read, `buf` not empty; more will follow. `permit` stands for the buffer.
+    pub(super) fn piece(&self, offset: u64, buf: PageBuf, permit: Permit) {
+        self.count_read(buf.len());
+        let head = reply::offset_data(self.cookie, offset, buf.len(), false);
+        self.send(head, Payload::Data(buf), permit);
+    }
+
+    /// The last part of the data of a read, `buf` not empty.
+    pub(super) fn last_piece(mut self, offset: u64, buf: PageBuf, permit: Permit) {
+        if let Some(own) = &mut self.permit {
+            own.join(permit);
+        }
+        self.data(offset, buf);
+    }
+
+    /// A structured reply of one chunk.
+    pub(super) fn chunk(mut self, head: reply::Head, payload: Vec<u8>) {
+        if let Some(permit) = &mut self.permit {
+            permit.shrink(payload.len());
+        }
+        self.answer(head, Payload::Bytes(payload));
+    }
+
+    /// No answer: the request was not received whole, and the client has gone or will be told so by the close.
+    pub(super) fn forget(mut self) {
+        self.permit = None;
+    }
+
+    /// The client's name for the request.
+    pub(super) fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    fn answer_error(&mut self, e: Errno) {
+        trace!(cookie = self.cookie, error = %e, "request failed");
+        if self.session.agreed.structured {
+            let (head, message) = reply::error(self.cookie, e);
+            self.answer(head, Payload::Bytes(message));
+        } else {
+            self.answer(reply::simple(self.cookie, Err(e)), Payload::None);
+        }
+    }
+
+    fn answer(&mut self, head: reply::Head, payload: Payload) {
+        let permit = self.permit.take().expect("a request is answered once");
+        self.send(head, payload, permit);
+    }
+
+    fn send(&self, head: reply::Head, payload: Payload, permit: Permit) {
+        self.session.out.push(Reply { head, payload, _permit: permit });
+    }
+
+    fn count_read(&self, bytes: usize) {
+        let counter = &self.session.bytes_read;
+        counter.set(counter.get() + bytes as u64);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.permit.is_some() {
+            self.answer_error(Errno::EIO);
+        }
+    }
+}
