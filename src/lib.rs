@@ -37,3 +37,9 @@ pub mod export;
 
 // floor 5: frontends
 pub mod serve;
+
+// floor 6: start, stop, signals
+pub mod daemon;
+
+// floor 7: the command line
+pub mod cli;

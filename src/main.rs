@@ -1,1 +1,5 @@
-fn main() {}
+//! The `cowgate` program.
+
+fn main() -> std::process::ExitCode {
+    cowgate::cli::main()
+}

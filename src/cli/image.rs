@@ -1,0 +1,116 @@
+//! `cowgate image`: makes and describes image files, without a daemon.
+
+use super::{say, size};
+use crate::image::Format;
+use crate::image::create::{CreateOptions, create};
+use crate::image::info::{FormatSpecific, ImageInfo, info};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Make a new, empty QCOW2 image, alone or as an overlay of a backing file
+    Create(Create),
+    /// Describe an image without opening what it names
+    Info(Info),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Create {
+    /// The image to make
+    file: PathBuf,
+    /// Virtual size in bytes, or with a suffix K, M, G or T (1K is 1024) [default: the backing file's]
+    #[arg(long, value_name = "N", value_parser = size::parse, required_unless_present = "backing")]
+    size: Option<u64>,
+    /// Backing file: what the new image does not hold is read from it. A relative path is relative to FILE's directory
+    #[arg(long, value_name = "FILE", requires = "backing_format")]
+    backing: Option<PathBuf>,
+    /// The backing file's format; it is never guessed: qcow2 or raw
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    backing_format: Option<Format>,
+    /// Cluster size in bytes, a power of two from 512 to 2M
+    #[arg(long, value_name = "N", value_parser = size::parse, default_value = "64K")]
+    cluster_size: u64,
+    /// Replace FILE if it exists
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Info {
+    /// The image to describe
+    file: PathBuf,
+    /// Print JSON with the keys of `qemu-img info --output=json`
+    #[arg(long)]
+    json: bool,
+    /// Its format: qcow2 or raw [default: qcow2 if the file begins like one, else raw]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+}
+
+pub(super) fn run(command: &Command) -> Result<(), String> {
+    match command {
+        Command::Create(args) => {
+            let options = CreateOptions {
+                path: args.file.clone(),
+                size: args.size,
+                cluster_size: args.cluster_size,
+                backing: args.backing.clone().zip(args.backing_format),
+                force: args.force,
+            };
+            create(&options).map_err(|e| e.to_string())
+        }
+        Command::Info(args) => {
+            let info = info(&args.file, args.format).map_err(|e| e.to_string())?;
+            let text = match args.json {
+                true => serde_json::to_string_pretty(&info).map_err(|e| e.to_string())? + "\n",
+                false => describe(&info),
+            };
+            say(&text)
+        }
+    }
+}
+
+/// The description for people, in the order and words of `qemu-img info`.
+fn describe(info: &ImageInfo) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        // an image may name anything, but it shall not drive the terminal
+        let mut clean = String::new();
+        for c in value.chars() {
+            match c.is_control() {
+                true => clean.extend(c.escape_default()),
+                false => clean.push(c),
+            }
+        }
+        let _ = writeln!(out, "{name}: {clean}"); // writing to a string cannot fail
+    };
+    line("image", info.filename.display().to_string());
+    line("file format", info.format.to_string());
+    line("virtual size", format!("{} ({} bytes)", size::show(info.virtual_size), info.virtual_size));
+    line("disk size", size::show(info.actual_size));
+    if let Some(bytes) = info.cluster_size {
+        line("cluster size", size::show(bytes));
+    }
+    if let Some(name) = &info.backing_filename {
+        line("backing file", name.clone());
+        line("backing file format", info.backing_filename_format.clone().unwrap_or("not declared".into()));
+    }
+    if info.dirty_flag == Some(true) {
+        line("dirty", "yes; repair it with `qemu-img check -r all`".into());
+    }
+    if let Some(FormatSpecific::Qcow2(qcow2)) = &info.format_specific {
+        line("compat", qcow2.compat.into());
+        line("compression type", qcow2.compression_type.into());
+        line("lazy refcounts", qcow2.lazy_refcounts.to_string());
+        line("refcount bits", qcow2.refcount_bits.to_string());
+        line("corrupt", qcow2.corrupt.to_string());
+    }
+    for snapshot in &info.snapshots {
+        line(
+            "snapshot",
+            format!("{} {:?}, VM state {}", snapshot.id, snapshot.name, size::show(snapshot.vm_state_size)),
+        );
+    }
+    out
+}

@@ -1,0 +1,86 @@
+//! The command line: what can be asked, and how it is answered. `main` calls [`main`] and nothing else.
+//!
+//! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
+
+mod image;
+mod serve;
+mod size;
+
+use clap::{Parser, Subcommand};
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(name = "cowgate", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the exports of a configuration file until SIGTERM
+    Serve(serve::Args),
+    /// Make and describe image files
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+/// Runs the program with the process's arguments.
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Image(command) => image::run(&command),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("cowgate: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes to stdout. A reader that has seen enough (`| head`) is no failure.
+fn say(text: &str) -> Result<(), String> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(format!("cannot write to stdout: {e}")),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Cli, clap::error::ErrorKind> {
+        Cli::try_parse_from(line.split_whitespace()).map_err(|e| e.kind())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage() {
+        use clap::error::ErrorKind;
+        assert!(parse("cowgate serve -c /etc/cowgate/config --check --log debug").is_ok());
+        assert!(parse("cowgate serve").is_err());
+        assert!(parse("cowgate image create --size 10G a.qcow2").is_ok());
+        assert!(
+            parse("cowgate image create --backing b --backing-format raw --cluster-size 64K --force a.qcow2").is_ok()
+        );
+        let without_format = parse("cowgate image create --backing b a.qcow2").err();
+        assert_eq!(
+            without_format,
+            Some(ErrorKind::MissingRequiredArgument),
+            "a backing file's format is never guessed"
+        );
+        assert_eq!(parse("cowgate image create a.qcow2").err(), Some(ErrorKind::MissingRequiredArgument));
+        assert_eq!(parse("cowgate image create --size 10X a.qcow2").err(), Some(ErrorKind::ValueValidation));
+        assert!(parse("cowgate image info --json --format raw a.img").is_ok());
+    }
+}

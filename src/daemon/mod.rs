@@ -1,0 +1,296 @@
+//! The daemon: the order in which things start and stop, and what signals do. Runs on the control thread; clients
+//! live on the workers. Called by `cowgate serve`.
+//!
+//! Start: signals, configuration, registry, workers, listeners, "ready". Stop (SIGTERM, SIGINT): no new clients, what
+//! is in flight is finished, images are flushed as their last clients leave, workers end. SIGHUP reads the
+//! configuration again; nobody is disconnected by it.
+
+mod notify;
+mod pid_file;
+mod reload;
+mod signals;
+
+use crate::export::config::{Listen, ServerConfig};
+use crate::export::registry::Registry;
+use crate::ring::Workers;
+use crate::serve::nbd::conn::Context;
+use crate::serve::nbd::listen::{Address, BindError, Listeners};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pid_file::PidFile;
+use reload::{Pass, Reload};
+use signals::{Signal, Signals};
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{info, warn};
+
+/// How long clients may take to finish what is in flight when the daemon stops.
+pub const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// What `cowgate serve` was asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Where to write the process ID.
+    pub pid_file: Option<PathBuf>,
+}
+
+/// Why the daemon did not start, or did not end cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The base file cannot be relied on.
+    #[error("{0}")]
+    Configuration(String),
+    /// The runtime, its signal handlers or the worker threads cannot be had.
+    #[error("cannot start {what}: {source}")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A host name in `listenaddr` has no address.
+    #[error("listenaddr {host}: cannot find its address: {source}")]
+    Lookup {
+        /// The name.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Every host name in `listenaddr` has no address.
+    #[error("there is no address to listen on; check listenaddr")]
+    NoAddress,
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The process ID cannot be written.
+    #[error("cannot write the pid file {}: {source}", path.display())]
+    PidFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Images could not be flushed when their last writers left.
+    #[error("{0} images could not be flushed: see the log; data that clients believe written may be lost")]
+    Unflushed(usize),
+    /// Clients did not finish in time.
+    #[error("connections were still busy after {} s; what they had in flight may not be on disk", STOP_LIMIT.as_secs())]
+    Unfinished,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(options: &Options) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Start { what: "the control thread's runtime", source })?;
+    let mut workers = None;
+    let served = runtime.block_on(control(options, &mut workers));
+    // joining threads blocks, so it is done out here; with a stuck client they would never end
+    if let Some(workers) = workers
+        && !matches!(served, Err(Error::Unfinished))
+    {
+        workers.stop();
+    }
+    served
+}
+
+/// From start to stop. `to_stop` gets the workers, once there are any.
+async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(), Error> {
+    // first of all: a SIGHUP that comes early must not end the process
+    let mut signals = Signals::new().map_err(|source| Error::Start { what: "signal handling", source })?;
+    raise_descriptor_limit();
+    let (mut reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
+    let registry = Registry::new(server.image_roots.clone());
+    registry.apply(&first.plan);
+    let count = server.worker_count();
+    let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
+    *to_stop = Some(workers.clone());
+    let opened = Opened::new(&server, options)?;
+    let context = Arc::new(Context { registry, list_allowed: server.list_allowed });
+    serve(opened, &workers, context, &mut signals, &mut reload, first).await
+}
+
+/// What others can see of a running daemon: its sockets and its pid file.
+struct Opened {
+    listeners: Listeners,
+    /// For the log line.
+    addresses: String,
+    pid_file: Option<PidFile>,
+}
+
+impl Opened {
+    fn new(server: &ServerConfig, options: &Options) -> Result<Opened, Error> {
+        let listeners = Listeners::bind(&addresses(server)?)?;
+        let tcp = listeners.tcp_addresses().into_iter().map(|a| a.to_string());
+        let unix = server.unix_socket.iter().map(|path| format!("unix:{}", path.display()));
+        let addresses = tcp.chain(unix).collect::<Vec<_>>().join(", ");
+        let pid_file = match &options.pid_file {
+            Some(path) => {
+                let written = PidFile::write(path);
+                Some(written.map_err(|source| Error::PidFile { path: path.clone(), source })?)
+            }
+            None => None,
+        };
+        Ok(Opened { listeners, addresses, pid_file })
+    }
+}
+
+/// From "ready" until the last client has gone.
+async fn serve(
+    opened: Opened,
+    workers: &Workers,
+    context: Arc<Context>,
+    signals: &mut Signals,
+    reload: &mut Reload,
+    first: Pass,
+) -> Result<(), Error> {
+    let Opened { listeners, addresses, pid_file } = opened;
+    let registry = Arc::clone(&context.registry);
+    let (stop, stopped) = watch::channel(false);
+    let mut serving = pin!(listeners.serve(workers.clone(), context, stopped));
+    info!("ready: listening on {addresses}");
+    notify::notify(notify::READY);
+
+    let next_pass = |pass: &Pass| pass.again.map(|pause| Instant::now() + pause);
+    let mut next = next_pass(&first);
+    let name = loop {
+        let pass = tokio::select! {
+            signal = signals.next() => match signal {
+                Signal::Stop(name) => break name,
+                Signal::Reload => {
+                    reload.begin();
+                    reload.pass()
+                }
+            },
+            () = at(next) => reload.pass(),
+            // they serve until they are told to stop, or have nothing to serve
+            () = &mut serving => return Err(Error::NoAddress),
+        };
+        registry.apply(&pass.plan);
+        next = next_pass(&pass);
+    };
+
+    info!("{name}: no new clients; finishing what is in flight, for up to {} s", STOP_LIMIT.as_secs());
+    notify::notify(notify::STOPPING);
+    stop.send_replace(true);
+    // those before were logged when they happened; the status speaks of this end
+    let failed_before = registry.failed_flushes();
+    finish(serving, signals, pid_file).await?;
+    match registry.failed_flushes() - failed_before {
+        0 => Ok(()),
+        failed => Err(Error::Unflushed(failed)),
+    }
+}
+
+/// Waits for the connected clients. A second signal to stop ends the process at once.
+async fn finish(
+    serving: Pin<&mut impl Future<Output = ()>>,
+    signals: &mut Signals,
+    pid_file: Option<PidFile>,
+) -> Result<(), Error> {
+    let mut finishing = pin!(timeout(STOP_LIMIT, serving));
+    loop {
+        tokio::select! {
+            in_time = &mut finishing => {
+                if in_time.is_err() {
+                    return Err(Error::Unfinished);
+                }
+                info!("stopped");
+                return Ok(());
+            }
+            signal = signals.next() => if let Signal::Stop(name) = signal {
+                warn!("{name} again: stopping at once; what was in flight may not be on disk");
+                drop(pid_file);
+                std::process::exit(1);
+            },
+        }
+    }
+}
+
+/// Completes at `instant`; without one, never.
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Where to listen, with host names looked up.
+fn addresses(server: &ServerConfig) -> Result<Vec<Address>, Error> {
+    let mut out = Vec::new();
+    if server.tcp() {
+        if server.listen.is_empty() {
+            out.push(Address::Any(server.port));
+        }
+        for listen in &server.listen {
+            match listen {
+                Listen::Ip(ip) => out.push(Address::Tcp(SocketAddr::new(*ip, server.port))),
+                Listen::Host(host) => {
+                    let found = (host.as_str(), server.port).to_socket_addrs();
+                    let found = found.map_err(|source| Error::Lookup { host: host.clone(), source })?;
+                    out.extend(found.map(Address::Tcp));
+                }
+            }
+        }
+    }
+    out.extend(server.unix_socket.clone().map(Address::Unix));
+    // a name may stand for an address that is listed too
+    let mut unique: Vec<Address> = Vec::new();
+    for address in out {
+        if !unique.contains(&address) {
+            unique.push(address);
+        }
+    }
+    Ok(unique)
+}
+
+/// Every client and every open image of every worker costs descriptors; the default limit is for programs that use
+/// select(2).
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        warn!("cannot raise the limit of open files: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::IpAddr;
+
+    fn server(listen: &[&str], unix: Option<&str>, dual_listen: bool) -> ServerConfig {
+        let listen =
+            listen.iter().map(|a| a.parse::<IpAddr>().map_or(Listen::Host(a.to_string()), Listen::Ip)).collect();
+        ServerConfig { listen, unix_socket: unix.map(PathBuf::from), dual_listen, ..ServerConfig::default() }
+    }
+
+    #[test]
+    fn a_unix_socket_turns_tcp_off_unless_both_are_wanted() {
+        let unix = Address::Unix("/s".into());
+        let any = Address::Any(10809);
+        let found = |server: ServerConfig| addresses(&server).expect("addresses");
+        assert_eq!(found(server(&[], None, false)), std::slice::from_ref(&any));
+        assert_eq!(found(server(&[], Some("/s"), false)), std::slice::from_ref(&unix));
+        assert_eq!(found(server(&[], Some("/s"), true)), [any, unix]);
+    }
+
+    #[test]
+    fn host_names_are_looked_up_and_addresses_listed_once() {
+        let found = addresses(&server(&["127.0.0.1", "127.0.0.1", "::1"], None, false)).expect("addresses");
+        assert_eq!(found, ["127.0.0.1:10809", "[::1]:10809"].map(|a| Address::Tcp(a.parse().expect("address"))));
+        let found = addresses(&server(&["localhost"], None, false)).expect("localhost");
+        assert!(!found.is_empty());
+        let missing = addresses(&server(&["nowhere.invalid"], None, false));
+        assert!(matches!(missing, Err(Error::Lookup { .. })));
+    }
+}
