@@ -27,6 +27,8 @@ impl Errno {
     pub const EOVERFLOW: Errno = Errno(75);
     /// Operation not supported: a zeroing that would not be fast.
     pub const ENOTSUP: Errno = Errno(95);
+    /// Disk quota exceeded.
+    pub const EDQUOT: Errno = Errno(122);
     /// The server is shutting down.
     pub const ESHUTDOWN: Errno = Errno(108);
 }

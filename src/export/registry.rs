@@ -23,6 +23,10 @@ use tracing::{error, info};
 const LOCK_TRIES: u32 = 10;
 /// Pause between two of these tries.
 const LOCK_PAUSE: Duration = Duration::from_millis(30);
+/// First pause before a flush that found no space is tried again; each further one is twice as long.
+const FLUSH_PAUSE: Duration = Duration::from_millis(500);
+/// Longest of these pauses.
+const FLUSH_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Forgotten images are swept out of the table when it has grown to this many entries, and from then on at its double.
 const SWEEP_AT: usize = 64;
 
@@ -249,18 +253,36 @@ impl Client {
 
     /// Ends the hold. The last writer of an image flushes it, data and metadata, and gives the write lock back; the
     /// last client of all closes the image. Call it when no request is in flight any more.
+    ///
+    /// A flush that finds no space is tried again until there is some: the client was told that its data is written, and
+    /// what is still in memory is lost when the image is closed.
     pub async fn detach(mut self) {
         let Some(writer) = self.writer.take() else { return };
         let image = Arc::clone(&writer.0);
         if writer.count_out() > 0 {
             return;
         }
-        match self.disk.settle().await {
-            Ok(()) => info!("{}: the last writer left, flushed", image.path().display()),
-            Err(e) => {
-                self.export.images.failed_flushes.fetch_add(1, Ordering::Relaxed);
-                error!("{}: the last writer left, and the flush failed: {e}", image.path().display());
+        let path = image.path().display();
+        let mut pause = FLUSH_PAUSE;
+        loop {
+            match self.disk.settle().await {
+                Ok(()) => info!("{path}: the last writer left, flushed"),
+                Err(Errno::ENOSPC | Errno::EDQUOT) => {
+                    if pause == FLUSH_PAUSE {
+                        error!(
+                            "{path}: the last writer left, and there is no space for the flush; free some: it is tried again until it succeeds"
+                        );
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(FLUSH_PAUSE_MAX);
+                    continue;
+                }
+                Err(e) => {
+                    self.export.images.failed_flushes.fetch_add(1, Ordering::Relaxed);
+                    error!("{path}: the last writer left, and the flush failed: {e}");
+                }
             }
+            break;
         }
         image.end_writing();
     }
