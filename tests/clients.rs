@@ -332,3 +332,39 @@ fn memory_stays_bounded_when_a_huge_disk_is_written_all_over() {
     let _dir = daemon.stop();
     qemu::check(&image);
 }
+
+#[test]
+fn requests_of_every_size_in_every_dialect() {
+    let setup = Setup::new();
+    let image = setup.image("disk.qcow2", "", "200M");
+    setup.export("disk", &image, "");
+    let daemon = setup.start();
+    daemon.python(
+        "disk",
+        r#"
+def dialect(structured=True, flags=3):
+    c = nbd.NBD()
+    c.set_request_structured_replies(structured)
+    c.set_handshake_flags(flags)          # 0: NBD_OPT_EXPORT_NAME and its 124 zeroes
+    c.set_strict_mode(0)
+    c.connect_uri(uri)
+    assert c.get_structured_replies_negotiated() == (structured and flags != 0)
+    return c
+clients = [dialect(), dialect(structured=False), dialect(flags=0), dialect(flags=1)]
+size = h.get_size()
+for i, length in enumerate([1, 511, 512, 4097, 262144, 262145, (1 << 20) + 1, 32 << 20, 64 << 20]):
+    at = (i * 7919 * 13) % (size - length)
+    data = os.urandom(min(length, 1 << 20)) * (length // (1 << 20) + 1)
+    writer, reader = clients[i % 4], clients[(i + 1) % 4]
+    writer.pwrite(data[:length], at, nbd.CMD_FLAG_FUA if i % 2 else 0)
+    for c in clients:
+        c.cache(length, at)
+        assert c.pread(length, at) == data[:length], length
+    assert clients[0].pread(length, at, nbd.CMD_FLAG_DF) == data[:length]
+for c in clients:
+    c.shutdown()
+"#,
+    );
+    let _dir = daemon.stop();
+    qemu::check(&image);
+}
