@@ -270,7 +270,8 @@ impl Client {
                 Err(Errno::ENOSPC | Errno::EDQUOT) => {
                     if pause == FLUSH_PAUSE {
                         error!(
-                            "{path}: the last writer left, and there is no space for the flush; free some: it is tried again until it succeeds"
+                            "{path}: the last writer left, and there is no space for the flush; free some: it is tried \
+                             again until it succeeds"
                         );
                     }
                     tokio::time::sleep(pause).await;

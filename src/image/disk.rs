@@ -4,7 +4,7 @@
 //! taken for each decision and never held while I/O runs.
 
 use super::shared::{Content, Image, Storage};
-use super::{Error, raw};
+use super::{Error, Format, raw};
 use crate::block::{BlockDev, Errno, Extent, Geometry, ZeroFlags};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::{
@@ -28,8 +28,6 @@ const MAX_EXTENTS: usize = 1 << 16;
 const EXTENT_BATCH: usize = 256;
 /// A write into new clusters of at most this many bytes goes out as one piece with what surrounds it.
 const ONE_PIECE: u64 = 256 << 10;
-/// Zeroes written at once, in bytes, where zeroes must be written.
-const ZERO_CHUNK: u64 = 1 << 20;
 /// Decisions made for one long request before other tasks of the worker get a turn.
 const TURN: usize = 64;
 
@@ -119,7 +117,7 @@ impl Disk {
     }
 
     fn is_raw(&self) -> bool {
-        matches!(self.image.layers[0].content, Content::Raw)
+        self.image.format() == Format::Raw
     }
 
     fn operation(&self) -> Option<Operation<'_>> {
@@ -189,7 +187,7 @@ impl Disk {
                 push(&mut pieces, range, From::Zero { reserved: false });
                 continue;
             }
-            if matches!(self.image.layers[layer].content, Content::Raw) {
+            if self.image.layers[layer].format() == Format::Raw {
                 todo.push((layer, range.skip(inside.len())));
                 push(&mut pieces, inside, From::File { layer, host: HostOffset(inside.start().0) });
                 continue;
@@ -481,7 +479,7 @@ impl Disk {
     async fn write_zero_bytes(&self, range: ByteRange) -> Result<(), Errno> {
         let mut rest = range;
         while !rest.is_empty() {
-            let part = rest.prefix(ZERO_CHUNK);
+            let part = rest.prefix(raw::ZERO_CHUNK);
             self.write(part.start(), PageBuf::zeroed(part.len() as usize)).await.0?;
             rest = rest.skip(part.len());
         }

@@ -11,7 +11,7 @@ use std::fs::File;
 /// Block devices zero whole logical blocks only, and none has larger ones.
 const BLOCK: u64 = 4096;
 /// Zeroes written at once, in bytes, where the file system cannot make them.
-const ZERO_CHUNK: u64 = 1 << 20;
+pub(super) const ZERO_CHUNK: u64 = 1 << 20;
 
 /// Makes a range read as zeroes: by punching a hole (`may_unmap`), by zeroing in place, or by writing.
 ///

@@ -124,7 +124,7 @@ impl Metadata {
         let bits = self.layout.cluster_bits;
         let first = range.start().0 >> bits;
         let (slice, index) = self.writable_slice(first)?;
-        let max = self.run_limit(first, index, (range.end().0 - 1) >> bits)?;
+        let max = self.run_limit(first, index, (range.end().0 - 1) >> bits);
         match self.write_kind(slice, index, first)? {
             Kind::InPlace(host) => {
                 let count = self.contiguous_run(slice, index, first, max, host, false)?;
@@ -204,10 +204,10 @@ impl Metadata {
 
     /// How many clusters from `first` on may be looked at together: to the end of the request, of the slice, or to the
     /// next pending cluster.
-    fn run_limit(&self, first: u64, index: usize, last: u64) -> Result<u64, Stop> {
+    fn run_limit(&self, first: u64, index: usize, last: u64) -> u64 {
         let in_slice = self.layout.slice_entries() - index as u64;
         let free = self.pending.range(first..).next().map_or(u64::MAX, |(&start, _)| start - first);
-        Ok((last - first + 1).min(in_slice).min(free))
+        (last - first + 1).min(in_slice).min(free)
     }
 
     fn write_kind(&mut self, slice: u64, index: usize, guest_cluster: u64) -> Result<Kind, Corrupt> {
@@ -382,7 +382,7 @@ impl Metadata {
             return Ok(Zero::Done((end.min(table_end) << bits).min(range.end().0) - range.start().0));
         }
         let (slice, index) = self.writable_slice(first)?;
-        let max = self.run_limit(first, index, end - 1)?;
+        let max = self.run_limit(first, index, end - 1);
         let bytes = |clusters: u64| ((first + clusters) << bits).min(range.end().0) - range.start().0;
         let mut count = 0;
         while count < max {
@@ -397,7 +397,7 @@ impl Metadata {
                     self.set_entry(slice, at, raw);
                 }
                 ZeroEntry::Data if count == 0 => return Ok(Zero::Data(bytes(1))),
-                ZeroEntry::Reserve if count == 0 => return self.reserve(range, slice, at, first, max, mode),
+                ZeroEntry::Reserve if count == 0 => return self.reserve(range, slice, at, first, max),
                 ZeroEntry::Data | ZeroEntry::Reserve => break,
             }
             count += 1;
@@ -450,20 +450,12 @@ impl Metadata {
         }
     }
 
-    /// New clusters that are reserved but read as zeroes.
-    fn reserve(
-        &mut self,
-        range: ByteRange,
-        slice: u64,
-        index: usize,
-        first: u64,
-        max: u64,
-        mode: ZeroMode,
-    ) -> Result<Zero, Stop> {
+    /// New clusters that are reserved but read as zeroes ([`ZeroMode::Provision`]).
+    fn reserve(&mut self, range: ByteRange, slice: u64, index: usize, first: u64, max: u64) -> Result<Zero, Stop> {
         let mut count = 1;
         while count < max {
             let Ok(entry) = self.decode(slice, index + count as usize) else { break };
-            if !matches!(self.zero_entry(entry, first + count, mode), ZeroEntry::Reserve) {
+            if !matches!(self.zero_entry(entry, first + count, ZeroMode::Provision), ZeroEntry::Reserve) {
                 break;
             }
             count += 1;
