@@ -54,7 +54,7 @@ pub fn create(options: &CreateOptions) -> Result<(), Error> {
         return Err(refuse(format!("size {size} is too large")));
     };
     let new = NewImage {
-        layout: Layout { version: 3, cluster_bits: bits, refcount_order: 4 },
+        layout: Layout::plain(3, bits, 4),
         size,
         backing: options.backing.as_ref().map(|(p, f)| (p.as_os_str().as_bytes().to_vec(), f.to_string())),
     };

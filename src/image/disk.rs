@@ -377,8 +377,8 @@ impl Disk {
         if nothing_around {
             return self.files[0].write(a.data_host(), buf).await;
         }
-        if a.clusters.len() <= ONE_PIECE {
-            let mut whole = PageBuf::new(a.clusters.len() as usize);
+        if a.span.len() <= ONE_PIECE {
+            let mut whole = PageBuf::new(a.span.len() as usize);
             let rest = &mut whole[head.len() as usize..];
             rest[..buf.len()].copy_from_slice(&buf);
             let mut before = whole.split_to(head.len() as usize);
@@ -396,7 +396,7 @@ impl Disk {
             before.unsplit(after);
             return (self.files[0].write(a.host, before).await.0, buf);
         }
-        let tail_host = HostOffset(a.host.0 + (tail.start().0 - a.clusters.start().0));
+        let tail_host = HostOffset(a.host.0 + (tail.start().0 - a.span.start().0));
         let around = join_all([(head, a.host), (tail, tail_host)].map(|(range, host)| self.copy_old(a, range, host)));
         let (around, (data, buf)) = tokio::join!(around, self.files[0].write(a.data_host(), buf));
         (around.into_iter().fold(data, Result::and), buf)
@@ -454,7 +454,7 @@ impl Disk {
                 }
                 Ok(Zero::Allocate(allocation)) => {
                     let len = allocation.range.len();
-                    let host = HostRange::new(allocation.host, allocation.clusters.len());
+                    let host = HostRange::new(allocation.host, allocation.span.len());
                     let result = raw::reserve(&self.files[0], host).await;
                     self.finish(allocation, result);
                     result?;

@@ -22,6 +22,9 @@ pub use shared::{FileId, Image, Layer};
 use std::fmt;
 use std::str::FromStr;
 
+/// Told about the progress of a long command: bytes of the disk done, and of all.
+pub type Progress<'a> = &'a dyn Fn(u64, u64);
+
 /// What an image file holds. Declared, never probed: a guest can write what looks like a header into a raw file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]

@@ -246,7 +246,7 @@ async fn qcow2_layer(
     let reftable = read(&file, &path, header.reftable_offset.0, reftable_bytes).await?;
     let mut structures = vec![(header.snapshots_offset.0, snapshot_bytes, "snapshot table")];
     structures.extend(snapshots.iter().map(|s| (s.l1_offset.0, u64::from(s.l1_entries) * 8, "snapshot's L1 table")));
-    let around = Surroundings { file_len, grows_with_zeroes, backing_size, cache_bytes: CACHE_BYTES };
+    let around = Surroundings { file_len, grows_with_zeroes, backing_size, cache_bytes: CACHE_BYTES, maintained: 0 };
     let mut metadata = Metadata::new(&header, &l1, &reftable, &structures, around);
     if top && let Some(corrupt) = metadata.take_unreported() {
         tracing::error!("{}: {corrupt}; the image is served but not written", path.display());

@@ -4,8 +4,9 @@
 //! the start: contiguous runs for contiguous writes, every hole of an old image found, nothing scanned twice. Refcount
 //! blocks are made at the first cluster they describe; a full refcount table moves to the end, with room to spare.
 
+use super::entry::{CompressedRange, compressed_limit};
 use super::layout::MAX_REFTABLE_BYTES;
-use super::metadata::{Corrupt, Fault, Metadata, Stop};
+use super::metadata::{Corrupt, Fault, Metadata, Ready, Stop};
 use super::tables::TableKind;
 use crate::block::Errno;
 use crate::units::HostOffset;
@@ -112,6 +113,76 @@ impl Metadata {
                 }
             }
         }
+    }
+
+    /// Allocates `count` clusters that lie one after the other. Returns the index of the first.
+    pub(super) fn allocate_contiguous(&mut self, count: u64) -> Result<u64, Stop> {
+        // a refcount block is made in the first cluster it describes and ends every run there
+        if count > self.layout.refblock_entries() / 2 {
+            return self.new_region(count);
+        }
+        let mut first = self.cursor;
+        let mut next = first;
+        while next - first < count {
+            if next >= self.limit {
+                return Err(Stop::Fault(Fault::Errno(Errno::ENOSPC)));
+            }
+            let used = match self.refcount_place(next)? {
+                Place::BehindTable => {
+                    self.grow_reftable()?;
+                    continue;
+                }
+                Place::NoBlock => {
+                    self.create_refblock(next)?;
+                    true
+                }
+                Place::At(slice, index) => self.free_run_length(slice, index, 1) == 0,
+            };
+            next += 1;
+            if used {
+                first = next;
+            }
+        }
+        Ok(self.take(first, count)?.first)
+    }
+
+    /// Allocates `len` bytes, whole sectors and at most one cluster, for compressed data: behind the last ones as long
+    /// as their cluster has room. `None`: the format cannot name a place that far out.
+    pub(super) fn allocate_packed(&mut self, len: u64) -> Result<Option<CompressedRange>, Stop> {
+        let bits = self.layout.cluster_bits;
+        let cluster = self.layout.cluster();
+        // whoever is in the last cluster counts as one of its users
+        let mut behind = None;
+        if let Some(at) = self.pack {
+            let users = self.refcount(at >> bits)?;
+            if users > 0 && users < self.layout.refcount_max() {
+                behind = Some((at, users));
+            }
+        }
+        let fits = |at: u64| at % cluster + len <= cluster;
+        let start = match behind {
+            Some((at, users)) if fits(at) => {
+                self.set_refcount(at >> bits, users + 1)?;
+                at
+            }
+            _ => {
+                let run = self.allocate(1)?;
+                match behind {
+                    Some((at, users)) if (at >> bits) + 1 == run.first => {
+                        self.set_refcount(at >> bits, users + 1).expect("the refcount was just read");
+                        at
+                    }
+                    _ => run.first << bits,
+                }
+            }
+        };
+        let end = start + len;
+        self.pack = (!end.is_multiple_of(cluster)).then_some(end);
+        if end > compressed_limit(self.layout) {
+            self.free_clusters(start, len);
+            return Ok(None);
+        }
+        Ok(Some(CompressedRange { start: HostOffset(start), len }))
     }
 
     /// Allocates from the clusters freed since the image was opened: from a run whose length fits.
@@ -228,7 +299,7 @@ impl Metadata {
         let clusters = layout.clusters_for(entries as u64 * 8);
         let old = (self.l1.at.0, self.l1.entries.len() as u64 * 8);
         // always to a new place: what lies behind the old table's end in its last cluster may be anything
-        let at = self.new_region(clusters)? << layout.cluster_bits;
+        let at = self.allocate_contiguous(clusters)? << layout.cluster_bits;
         self.l1.at = HostOffset(at);
         self.note_structure(at, clusters * layout.cluster(), "L1 table");
         self.free_clusters(old.0, old.1);
@@ -277,6 +348,42 @@ impl Metadata {
     /// Refcount blocks that describe themselves and `count` clusters behind them.
     fn blocks_for_region(&self, count: u64) -> u64 {
         count.div_ceil(self.layout.refblock_entries() - 1)
+    }
+
+    /// Allocates `count` clusters, one after the other, for a structure of this name.
+    pub fn allocate_structure(&mut self, count: u64, name: &'static str) -> Result<Ready<HostOffset>, Fault> {
+        let allocated = match self.check_writable() {
+            Ok(true) => return Ok(Ready::Prepare),
+            Ok(false) => self.allocate_contiguous(count),
+            Err(stop) => Err(stop),
+        };
+        Ready::answer(allocated.map(|first| {
+            let at = first << self.layout.cluster_bits;
+            self.note_structure(at, count * self.layout.cluster(), name);
+            HostOffset(at)
+        }))
+    }
+
+    /// Gives back the clusters of a structure that nothing on disk will refer to any more: when the next write-back
+    /// cycle is complete.
+    pub fn free_structure(&mut self, at: HostOffset, len: u64) {
+        self.free_clusters(at.0, len);
+    }
+
+    /// Changes the virtual size: the L1 table has room for it then. The header's `size` field is the caller's to write,
+    /// after the next write-back cycle when the disk grows.
+    pub fn resize(&mut self, size: u64) -> Result<Ready<()>, Fault> {
+        let entries = self.layout.l1_entries_for(size) as usize;
+        let grown = match self.check_writable() {
+            Ok(true) => return Ok(Ready::Prepare),
+            Ok(false) if entries > self.l1.entries.len() => self.grow_l1(entries),
+            Ok(false) => Ok(()),
+            Err(stop) => Err(stop),
+        };
+        if grown.is_ok() {
+            self.size = size;
+        }
+        Ready::answer(grown)
     }
 
     /// Takes one reference from each cluster of a range, once that is safe (see [`super::writeback`]).

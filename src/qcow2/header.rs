@@ -1,7 +1,10 @@
 //! The image header: parsed once into a value that is valid, or refused by field, value and remedy.
 
 use super::compress::Compression;
-use super::layout::{Layout, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS};
+use super::layout::{
+    Layout, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS,
+    MIN_EXTENDED_CLUSTER_BITS,
+};
 use super::snapshot::MAX_SNAPSHOTS;
 use crate::units::HostOffset;
 use thiserror::Error;
@@ -22,19 +25,51 @@ pub mod field {
     pub const L1: u64 = 36;
     /// `refcount_table_offset` (8 bytes) and `refcount_table_clusters` (4 bytes).
     pub const REFTABLE: u64 = 48;
-    /// `autoclear_features`.
+    /// `size` (8 bytes): the virtual size.
+    pub const SIZE: u64 = 24;
+    /// `incompatible_features` (8 bytes).
+    pub const INCOMPATIBLE: u64 = 72;
+    /// `autoclear_features` (8 bytes).
     pub const AUTOCLEAR: u64 = 88;
 }
 
-const INCOMPAT_DIRTY: u64 = 1 << 0;
-const INCOMPAT_CORRUPT: u64 = 1 << 1;
-const INCOMPAT_DATA_FILE: u64 = 1 << 2;
-const INCOMPAT_COMPRESSION: u64 = 1 << 3;
-const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
+/// Bits of `incompatible_features`.
+pub mod incompatible {
+    /// Refcounts may be wrong.
+    pub const DIRTY: u64 = 1 << 0;
+    /// Any structure may be wrong.
+    pub const CORRUPT: u64 = 1 << 1;
+    /// Guest data is in an external data file.
+    pub const DATA_FILE: u64 = 1 << 2;
+    /// `compression_type` is not zlib.
+    pub const COMPRESSION: u64 = 1 << 3;
+    /// L2 entries have subclusters.
+    pub const EXTENDED_L2: u64 = 1 << 4;
+    /// What we know.
+    pub const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
+}
 
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Bits of `autoclear_features`.
+pub mod autoclear {
+    /// The bitmaps extension is consistent with the disk.
+    pub const BITMAPS: u64 = 1 << 0;
+    /// The external data file is a raw image of the disk by itself.
+    pub const RAW_DATA_FILE: u64 = 1 << 1;
+}
+
+/// Types of header extensions.
+pub mod extension {
+    /// End of the extensions.
+    pub const END: u32 = 0;
+    /// Format of the backing file.
+    pub const BACKING_FORMAT: u32 = 0xe279_2aca;
+    /// Names of feature bits.
+    pub const FEATURE_NAMES: u32 = 0x6803_f857;
+    /// Where the bitmap directory is.
+    pub const BITMAPS: u32 = 0x2385_2875;
+    /// Name of the external data file.
+    pub const DATA_FILE: u32 = 0x4441_5441;
+}
 
 /// A header we can work with.
 #[derive(Clone, Debug)]
@@ -69,6 +104,21 @@ pub struct Header {
     pub lazy_refcounts: bool,
     /// Autoclear feature bits as stored.
     pub autoclear: u64,
+    /// Name of the external data file as stored, when the image has one and names it.
+    pub data_file: Option<Vec<u8>>,
+    /// The bitmaps extension, whether or not its autoclear bit vouches for it.
+    pub bitmaps: Option<BitmapsExtension>,
+}
+
+/// The bitmaps extension as stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BitmapsExtension {
+    /// Bitmaps in the directory.
+    pub count: u32,
+    /// Size of the bitmap directory in bytes.
+    pub directory_bytes: u64,
+    /// Start of the bitmap directory.
+    pub directory_offset: HostOffset,
 }
 
 /// Why a header is refused. The caller adds the path.
@@ -156,13 +206,23 @@ impl Header {
         r.need(u64::from(header_length))?;
         let extensions = parse_extensions(bytes, header_length, r.be64(8))?;
 
-        let incompatible = if v3 { r.be64(72) } else { 0 };
-        check_features(incompatible, r.be32(32), &extensions)?;
+        let features = if v3 { r.be64(field::INCOMPATIBLE as usize) } else { 0 };
+        check_features(features, r.be32(32), &extensions)?;
         let refcount_order = if v3 { r.be32(96) } else { 4 };
         if refcount_order > 6 {
             return Err(refuse("refcount_order", refcount_order, "at most 6 (64-bit refcounts) is allowed".into()));
         }
-        let layout = Layout { version, cluster_bits: cluster.trailing_zeros(), refcount_order };
+        let layout = Layout {
+            version,
+            cluster_bits: cluster.trailing_zeros(),
+            refcount_order,
+            extended_l2: features & incompatible::EXTENDED_L2 != 0,
+            data_file: features & incompatible::DATA_FILE != 0,
+        };
+        if layout.extended_l2 && layout.cluster_bits < MIN_EXTENDED_CLUSTER_BITS {
+            let why = format!("extended L2 entries need at least {MIN_EXTENDED_CLUSTER_BITS}");
+            return Err(refuse("cluster_bits", layout.cluster_bits, why));
+        }
 
         let header = Header {
             layout,
@@ -173,16 +233,39 @@ impl Header {
             reftable_clusters: r.be32(56),
             snapshots: r.be32(60),
             snapshots_offset: HostOffset(r.be64(64)),
-            compression: compression(incompatible, header_length, bytes)?,
+            compression: compression(features, header_length, bytes)?,
             backing_file: backing_file(&r, cluster)?,
             backing_format: extensions.backing_format,
-            dirty: incompatible & INCOMPAT_DIRTY != 0,
-            corrupt: incompatible & INCOMPAT_CORRUPT != 0,
+            dirty: features & incompatible::DIRTY != 0,
+            corrupt: features & incompatible::CORRUPT != 0,
             lazy_refcounts: v3 && r.be64(80) & 1 != 0,
             autoclear: if v3 { r.be64(88) } else { 0 },
+            data_file: extensions.data_file.filter(|_| layout.data_file),
+            bitmaps: extensions.bitmaps,
         };
         header.check_tables()?;
+        header.check_data_file()?;
         Ok(header)
+    }
+
+    /// Whether the external data file is a raw image by itself, and has to stay one.
+    pub fn raw_data_file(&self) -> bool {
+        self.layout.data_file && self.autoclear & autoclear::RAW_DATA_FILE != 0
+    }
+
+    fn check_data_file(&self) -> Result<(), HeaderError> {
+        if !self.layout.data_file {
+            return Ok(());
+        }
+        if self.snapshots > 0 {
+            let why = "an image with an external data file has no snapshots".to_owned();
+            return Err(refuse("nb_snapshots", self.snapshots, why));
+        }
+        if self.raw_data_file() && self.backing_file.is_some() {
+            let why = "a raw external data file and a backing file exclude each other".to_owned();
+            return Err(refuse("autoclear_features", self.autoclear, why));
+        }
+        Ok(())
     }
 
     fn check_tables(&self) -> Result<(), HeaderError> {
@@ -244,6 +327,8 @@ impl Fields<'_> {
 #[derive(Default)]
 struct Extensions {
     backing_format: Option<String>,
+    data_file: Option<Vec<u8>>,
+    bitmaps: Option<BitmapsExtension>,
     /// (feature type, bit, name)
     names: Vec<(u8, u8, String)>,
 }
@@ -259,7 +344,7 @@ fn parse_extensions(bytes: &[u8], start: u32, backing_offset: u64) -> Result<Ext
     while at + 8 <= end {
         let r = Fields(bytes);
         let (id, len) = (r.be32(at), r.be32(at + 4) as usize);
-        if id == EXT_END {
+        if id == extension::END {
             break;
         }
         let error = |why| HeaderError::Extension { id, at: at as u64, why };
@@ -269,15 +354,27 @@ fn parse_extensions(bytes: &[u8], start: u32, backing_offset: u64) -> Result<Ext
         }
         let data = &bytes[data..data + len];
         match id {
-            EXT_BACKING_FORMAT => {
+            extension::BACKING_FORMAT => {
                 let name = std::str::from_utf8(data).map_err(|_| error("the format name is not UTF-8"))?;
                 found.backing_format = Some(name.trim_end_matches('\0').to_owned());
             }
-            EXT_FEATURE_NAMES => {
+            extension::FEATURE_NAMES => {
                 for entry in data.chunks_exact(48) {
                     let text = entry[2..].split(|&b| b == 0).next().unwrap_or_default();
                     found.names.push((entry[0], entry[1], String::from_utf8_lossy(text).into_owned()));
                 }
+            }
+            extension::DATA_FILE => found.data_file = Some(data.to_vec()),
+            extension::BITMAPS => {
+                if len != 24 {
+                    return Err(error("the bitmaps extension is 24 bytes long"));
+                }
+                let r = Fields(data);
+                found.bitmaps = Some(BitmapsExtension {
+                    count: r.be32(0),
+                    directory_bytes: r.be64(8),
+                    directory_offset: HostOffset(r.be64(16)),
+                });
             }
             _ => {} // compatible by definition
         }
@@ -286,7 +383,7 @@ fn parse_extensions(bytes: &[u8], start: u32, backing_offset: u64) -> Result<Ext
     Ok(found)
 }
 
-fn check_features(incompatible: u64, crypt_method: u32, extensions: &Extensions) -> Result<(), HeaderError> {
+fn check_features(bits: u64, crypt_method: u32, extensions: &Extensions) -> Result<(), HeaderError> {
     let unsupported = |feature: &str, remedy| Err(HeaderError::Unsupported { feature: feature.to_owned(), remedy });
     match crypt_method {
         0 => {}
@@ -294,13 +391,7 @@ fn check_features(incompatible: u64, crypt_method: u32, extensions: &Extensions)
         2 => return unsupported("LUKS encryption (crypt_method 2)", "decrypt it with `qemu-img convert`"),
         n => return Err(refuse("crypt_method", n, "0 (none) is supported".into())),
     }
-    if incompatible & INCOMPAT_DATA_FILE != 0 {
-        return unsupported("an external data file (incompatible feature bit 2)", CONVERT);
-    }
-    if incompatible & INCOMPAT_EXTENDED_L2 != 0 {
-        return unsupported("extended L2 entries (incompatible feature bit 4)", CONVERT);
-    }
-    let unknown = incompatible & !(INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION);
+    let unknown = bits & !incompatible::KNOWN;
     if unknown != 0 {
         let bit = unknown.trailing_zeros() as u8;
         let name = extensions.names.iter().find(|(kind, b, _)| *kind == 0 && *b == bit).map(|(_, _, name)| name);
@@ -313,9 +404,9 @@ fn check_features(incompatible: u64, crypt_method: u32, extensions: &Extensions)
     Ok(())
 }
 
-fn compression(incompatible: u64, header_length: u32, bytes: &[u8]) -> Result<Compression, HeaderError> {
+fn compression(features: u64, header_length: u32, bytes: &[u8]) -> Result<Compression, HeaderError> {
     let kind = if header_length > V3_LENGTH { bytes[V3_LENGTH as usize] } else { 0 };
-    let flagged = incompatible & INCOMPAT_COMPRESSION != 0;
+    let flagged = features & incompatible::COMPRESSION != 0;
     match (flagged, kind) {
         (false, 0) => Ok(Compression::Zlib),
         (true, 1) => Ok(Compression::Zstd),
@@ -350,7 +441,7 @@ mod tests {
 
     fn fresh() -> Vec<u8> {
         let new = NewImage {
-            layout: Layout { version: 3, cluster_bits: 16, refcount_order: 4 },
+            layout: Layout::plain(3, 16, 4),
             size: 1 << 30,
             backing: Some((b"base.qcow2".to_vec(), "qcow2".to_owned())),
         };
@@ -396,8 +487,6 @@ mod tests {
         refused(56, &0u32.to_be_bytes(), "refcount_table_clusters is 0");
         refused(56, &u32::MAX.to_be_bytes(), "refcount_table_clusters");
         refused(60, &u32::MAX.to_be_bytes(), "nb_snapshots");
-        refused(72, &4u64.to_be_bytes(), "external data file");
-        refused(72, &16u64.to_be_bytes(), "extended L2 entries");
         refused(72, &(1u64 << 40).to_be_bytes(), "incompatible feature bit 40");
         refused(72, &8u64.to_be_bytes(), "compression_type is 0");
         refused(96, &7u32.to_be_bytes(), "refcount_order is 7");
@@ -414,7 +503,7 @@ mod tests {
     fn an_unknown_feature_is_named_by_the_table() {
         let mut image = fresh();
         image[72..80].copy_from_slice(&(1u64 << 9).to_be_bytes());
-        let at = image[104..].windows(4).position(|w| w == EXT_FEATURE_NAMES.to_be_bytes()).unwrap() + 104;
+        let at = image[104..].windows(4).position(|w| w == extension::FEATURE_NAMES.to_be_bytes()).unwrap() + 104;
         image[at + 8] = 0;
         image[at + 9] = 9;
         image[at + 10..at + 15].copy_from_slice(b"warp\0");

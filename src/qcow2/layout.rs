@@ -6,6 +6,10 @@ pub const SLICE_BYTES: u64 = 4096;
 
 /// Smallest `cluster_bits` the format allows.
 pub const MIN_CLUSTER_BITS: u32 = 9;
+/// Smallest `cluster_bits` with extended L2 entries.
+pub const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
+/// Subclusters of a cluster with extended L2 entries.
+pub const SUBCLUSTERS: u64 = 32;
 /// Largest `cluster_bits` QEMU opens.
 pub const MAX_CLUSTER_BITS: u32 = 21;
 /// Host offsets an L1 or L2 entry can hold end here (bits 9 to 55).
@@ -24,9 +28,18 @@ pub struct Layout {
     pub cluster_bits: u32,
     /// log2 of the refcount width in bits.
     pub refcount_order: u32,
+    /// L2 entries are 16 bytes long and divide their cluster into 32 subclusters.
+    pub extended_l2: bool,
+    /// Guest data lies in an external data file, each cluster at its guest offset and not counted.
+    pub data_file: bool,
 }
 
 impl Layout {
+    /// An image without the features that change its layout.
+    pub const fn plain(version: u32, cluster_bits: u32, refcount_order: u32) -> Layout {
+        Layout { version, cluster_bits, refcount_order, extended_l2: false, data_file: false }
+    }
+
     /// Cluster size in bytes.
     pub fn cluster(self) -> u64 {
         1 << self.cluster_bits
@@ -37,9 +50,19 @@ impl Layout {
         bytes.div_ceil(self.cluster())
     }
 
+    /// Bytes of one L2 entry.
+    pub fn l2_entry_bytes(self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
     /// Entries in one L2 table.
     pub fn l2_entries(self) -> u64 {
-        self.cluster() / 8
+        self.cluster() / self.l2_entry_bytes()
+    }
+
+    /// Bytes that can be allocated on their own: a subcluster, else a cluster.
+    pub fn unit(self) -> u64 {
+        if self.extended_l2 { self.cluster() / SUBCLUSTERS } else { self.cluster() }
     }
 
     /// Guest bytes one L2 table maps.
@@ -59,7 +82,7 @@ impl Layout {
 
     /// L2 entries in one slice.
     pub fn slice_entries(self) -> u64 {
-        self.slice() / 8
+        self.slice() / self.l2_entry_bytes()
     }
 
     /// Refcounts in one refcount block.
@@ -123,7 +146,7 @@ mod tests {
     #[test]
     fn every_refcount_width_keeps_its_neighbours() {
         for refcount_order in 0..=6 {
-            let l = Layout { version: 3, cluster_bits: 9, refcount_order };
+            let l = Layout::plain(3, 9, refcount_order);
             let mut block = vec![0u8; 512];
             let n = l.refblock_entries() as usize;
             assert_eq!(n, 4096 >> refcount_order);
@@ -140,9 +163,9 @@ mod tests {
 
     #[test]
     fn sub_byte_refcounts_start_at_the_least_significant_bit() {
-        let l = Layout { version: 3, cluster_bits: 9, refcount_order: 0 };
+        let l = Layout::plain(3, 9, 0);
         assert_eq!(l.refcount(&[0b0000_0010], 1), 1);
-        let l = Layout { version: 3, cluster_bits: 9, refcount_order: 4 };
+        let l = Layout::plain(3, 9, 4);
         assert_eq!(l.refcount(&[1, 2], 0), 0x0102);
     }
 }

@@ -8,9 +8,9 @@
 //! operation with [`Metadata::enter`] and [`Metadata::leave`], and a freed cluster is reused only when everything that
 //! may still point at it has left (see [`super::writeback`]).
 
-use super::entry::{COPIED, CompressedRange, Entry, OFFSET_MASK};
+use super::entry::{COPIED, CompressedRange, Entry, Mixed, OFFSET_MASK, RawEntry};
 use super::header::Header;
-use super::layout::{Layout, MAX_HOST_OFFSET};
+use super::layout::{Layout, MAX_HOST_OFFSET, SUBCLUSTERS};
 use super::tables::{Table, TableKind, Tables};
 use super::writeback::Cycle;
 use crate::block::Errno;
@@ -44,7 +44,7 @@ pub enum Fault {
 /// Where a run of guest bytes comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// Contiguous bytes of the image file from here.
+    /// Contiguous bytes of the image file, or of its external data file, from here.
     Data(HostOffset),
     /// Zeroes.
     Zero {
@@ -75,6 +75,30 @@ pub enum Map {
     Load(Table),
     /// Somebody else is reading that table: wait for progress, ask again.
     Wait,
+}
+
+/// Answer to a change of the metadata itself.
+#[derive(Debug)]
+pub enum Ready<T> {
+    /// Done; durable after the next write-back cycle.
+    Done(T),
+    /// Read this table, hand it in, ask again.
+    Load(Table),
+    /// Another request must make progress first.
+    Wait,
+    /// Run a write-back cycle, ask again.
+    Prepare,
+}
+
+impl<T> Ready<T> {
+    pub(super) fn answer(result: Result<T, Stop>) -> Result<Ready<T>, Fault> {
+        match result {
+            Ok(done) => Ok(Ready::Done(done)),
+            Err(Stop::Load(table)) => Ok(Ready::Load(table)),
+            Err(Stop::Wait) => Ok(Ready::Wait),
+            Err(Stop::Fault(fault)) => Err(fault),
+        }
+    }
 }
 
 /// Why an internal step stopped short; callers turn it into their own answer.
@@ -111,6 +135,8 @@ pub struct Surroundings {
     pub backing_size: u64,
     /// Limit for cached tables in bytes.
     pub cache_bytes: u64,
+    /// Autoclear feature bits that whoever uses the metadata keeps true.
+    pub maintained: u64,
 }
 
 /// The state of one image's metadata.
@@ -141,6 +167,8 @@ pub struct Metadata {
     pub(super) untouched: u64,
     /// End of the file, in bytes, with all that was allocated.
     pub(super) file_end: u64,
+    /// Where the next compressed cluster goes: behind the last, in a cluster with room left.
+    pub(super) pack: Option<u64>,
     /// Clusters below this index can be allocated. A device does not grow: a table placed behind its end could never be
     /// written, and no flush would succeed any more.
     pub(super) limit: u64,
@@ -179,7 +207,7 @@ impl Metadata {
             reftable: Root::new(header.reftable_offset, reftable),
             tables: Tables::new(layout.slice(), around.cache_bytes),
             structures: HashMap::new(),
-            autoclear: header.autoclear,
+            autoclear: header.autoclear & !around.maintained,
             first_write: false,
             broken: None,
             unreported: false,
@@ -188,6 +216,7 @@ impl Metadata {
             untouched: if around.grows_with_zeroes { file_end } else { u64::MAX },
             file_end,
             limit: if around.grows_with_zeroes { MAX_HOST_OFFSET } else { around.file_len } >> layout.cluster_bits,
+            pack: None,
             pending: BTreeMap::new(),
             freed: Vec::new(),
             freed_durable: VecDeque::new(),
@@ -296,11 +325,15 @@ impl Metadata {
         let last = (range.end().0 - 1) >> layout.cluster_bits;
         let end_index = (index as u64 + (last - first) + 1).min(layout.slice_entries()) as usize;
 
-        let source = self.decode(slice, index)?;
+        let source = self.decode(slice, index, first)?;
         let mut count = 1;
-        if !matches!(source, Entry::Compressed(_)) {
-            while index + count < end_index && self.continues(source, slice, index + count, count as u64)? {
-                count += 1;
+        match source {
+            Entry::Mixed(mixed) => return Ok(self.map_mixed(range, mixed)),
+            Entry::Compressed(_) => {}
+            _ => {
+                while index + count < end_index && self.continues(source, slice, index, first, count)? {
+                    count += 1;
+                }
             }
         }
         let run_end = ((first + count as u64) << layout.cluster_bits).min(range.end().0);
@@ -309,14 +342,40 @@ impl Metadata {
             Entry::Zero { host, .. } => Source::Zero { reserved: host.is_some() },
             Entry::Compressed(c) => Source::Compressed(c),
             Entry::Data { host, .. } => Source::Data(HostOffset(host.0 + start % layout.cluster())),
+            Entry::Mixed(_) => unreachable!("answered above"),
         };
         Ok(Mapped { range: ByteRange::between(start, run_end), source })
     }
 
+    /// The first run of `range` within one cluster whose subclusters differ.
+    fn map_mixed(&self, range: ByteRange, mixed: Mixed) -> Mapped {
+        let (cluster, unit) = (self.layout.cluster(), self.layout.unit());
+        let in_cluster = range.start().0 % cluster;
+        let state = |sub: u64| (mixed.allocated >> sub & 1, mixed.zero >> sub & 1);
+        let sub = in_cluster / unit;
+        let end = (sub + 1..SUBCLUSTERS).find(|&next| state(next) != state(sub)).unwrap_or(SUBCLUSTERS);
+        let source = match (state(sub), mixed.host) {
+            ((1, _), Some(host)) => Source::Data(HostOffset(host.0 + in_cluster)),
+            ((_, 1), host) => Source::Zero { reserved: host.is_some() },
+            _ => Source::Unallocated,
+        };
+        Mapped { range: range.clip(range.start().0 - in_cluster + end * unit), source }
+    }
+
     /// Whether the entry `distance` clusters further continues the run that began with `first`, for reading.
-    fn continues(&mut self, first: Entry, slice: u64, index: usize, distance: u64) -> Result<bool, Stop> {
+    fn continues(
+        &mut self,
+        first: Entry,
+        slice: u64,
+        index: usize,
+        guest_cluster: u64,
+        distance: usize,
+    ) -> Result<bool, Stop> {
         // a broken entry ends the run; the request for its own bytes will report it
-        let Ok(entry) = self.decode(slice, index) else { return Ok(false) };
+        let Ok(entry) = self.decode(slice, index + distance, guest_cluster + distance as u64) else {
+            return Ok(false);
+        };
+        let distance = distance as u64;
         Ok(match (first, entry) {
             (Entry::Unallocated, Entry::Unallocated) => true,
             (Entry::Zero { host: a, .. }, Entry::Zero { host: b, .. }) => a.is_some() == b.is_some(),
@@ -368,22 +427,23 @@ impl Metadata {
         Err(self.tables.want(kind, at).map_or(Stop::Wait, Stop::Load))
     }
 
-    /// Decodes an L2 entry of a slice in memory.
-    pub(super) fn decode(&mut self, slice: u64, index: usize) -> Result<Entry, Corrupt> {
-        Entry::decode(self.entry(slice, index), self.layout).map_err(|why| Corrupt {
-            structure: "L2 entry",
-            at: slice + index as u64 * 8,
-            why,
-        })
-    }
-
-    fn entry(&mut self, slice: u64, index: usize) -> u64 {
+    /// Decodes the L2 entry of a guest cluster in a slice in memory.
+    pub(super) fn decode(&mut self, slice: u64, index: usize, guest_cluster: u64) -> Result<Entry, Corrupt> {
+        let layout = self.layout;
+        let at = index * layout.l2_entry_bytes() as usize;
         let bytes = self.tables.get(slice).expect("the slice was looked up");
-        u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"))
+        let corrupt = |why| Corrupt { structure: "L2 entry", at: slice + at as u64, why };
+        let entry = Entry::decode(RawEntry::load(&bytes[at..], layout), layout).map_err(corrupt)?;
+        if layout.data_file && entry.host().is_some_and(|host| host.0 != guest_cluster << layout.cluster_bits) {
+            return Err(corrupt("in an external data file each cluster lies at its guest offset"));
+        }
+        Ok(entry)
     }
 
-    pub(super) fn set_entry(&mut self, slice: u64, index: usize, raw: u64) {
-        self.tables.change(slice)[index * 8..index * 8 + 8].copy_from_slice(&raw.to_be_bytes());
+    pub(super) fn set_entry(&mut self, slice: u64, index: usize, raw: RawEntry) {
+        let layout = self.layout;
+        let at = index * layout.l2_entry_bytes() as usize;
+        raw.store(&mut self.tables.change(slice)[at..], layout);
     }
 
     /// A table was read, or could not be (`Err`): then the next question asks for it again.

@@ -4,12 +4,12 @@
 //! clusters) and then commits, which publishes the new clusters in the L2 table, or aborts, which gives them back.
 //! Until then the guest clusters are pending: other writes to them wait, reads see the old content.
 
-use super::alloc::Run;
-use super::entry::{COPIED, Entry};
-use super::metadata::{Corrupt, Fault, Metadata, Stop};
+use super::entry::{COPIED, CompressedRange, Entry, Mixed, RawEntry};
+use super::layout::{Layout, SUBCLUSTERS};
+use super::metadata::{Corrupt, Fault, Metadata, Ready, Stop};
 use super::tables::{Table, TableKind};
 use crate::block::Errno;
-use crate::units::{ByteRange, HostOffset};
+use crate::units::{ByteRange, GuestOffset, HostOffset};
 
 /// Answer to [`Metadata::begin_write`]; each speaks about the first part of the range.
 #[derive(Debug)]
@@ -40,6 +40,8 @@ pub enum ZeroMode {
     Provision,
     /// Content is no longer needed: whole clusters are given back, the rest stays (NBD trim).
     Discard,
+    /// Whole clusters become unallocated, so that the backing file shows through; the rest stays.
+    Expose,
 }
 
 /// Answer to [`Metadata::begin_zero`]; each speaks about the first part of the range.
@@ -65,9 +67,9 @@ pub enum Zero {
 pub struct Allocation {
     /// The guest bytes the caller brings.
     pub range: ByteRange,
-    /// The guest clusters they lie in. What of them is outside `range` is to be filled with the old content.
-    pub clusters: ByteRange,
-    /// Where the first of the clusters goes; the others follow.
+    /// The guest bytes that are stored anew. What of them is outside `range` is to be filled with the old content.
+    pub span: ByteRange,
+    /// Where the first byte of `span` goes; the others follow.
     pub host: HostOffset,
     /// The old content around `range` is zeroes.
     pub zero_around: bool,
@@ -75,8 +77,31 @@ pub struct Allocation {
     pub untouched: bool,
     slice: u64,
     index: usize,
+    /// First guest cluster, their number, and the host cluster of the first.
+    first: u64,
+    count: u64,
+    cluster_host: HostOffset,
+    /// Its host clusters were allocated for it.
     new: bool,
-    reserve: bool,
+    kind: Publish,
+}
+
+/// What an allocation's clusters become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Publish {
+    Data,
+    /// Reserved, reading as zeroes.
+    Reserve,
+    Compressed(CompressedRange),
+}
+
+/// Compressed data on its way into one guest cluster: where it goes, and the allocation to commit or abort.
+#[derive(Debug)]
+pub enum Packed {
+    /// Write the compressed bytes at the allocation's `host`, then commit.
+    Allocate(Allocation),
+    /// The format has no place for compressed data here: write the cluster plainly.
+    Plain,
 }
 
 /// How an entry takes a write.
@@ -85,24 +110,35 @@ enum Kind {
     InPlace(HostOffset),
     /// A reserved cluster becomes data.
     Reserved(HostOffset),
-    /// Needs a new cluster; the old content is zeroes, or not.
-    New { zero: bool },
+    /// Some subclusters of its host cluster can be written.
+    Parts(Mixed),
+    /// Needs a new cluster; the old content is zeroes or not, and moves along as a whole or not.
+    New { zero: bool, whole: bool },
+}
+
+/// How the clusters of an allocation are filled.
+#[derive(Clone, Copy)]
+struct Fill {
+    new: bool,
+    whole: bool,
+    zero_around: bool,
+    untouched: bool,
 }
 
 impl Allocation {
     /// Where the first byte of `range` goes.
     pub fn data_host(&self) -> HostOffset {
-        HostOffset(self.host.0 + (self.range.start().0 - self.clusters.start().0))
+        HostOffset(self.host.0 + (self.range.start().0 - self.span.start().0))
     }
 
-    /// The guest bytes before `range` in its first cluster.
+    /// The guest bytes of `span` before `range`.
     pub fn head(&self) -> ByteRange {
-        ByteRange::between(self.clusters.start().0, self.range.start().0)
+        ByteRange::between(self.span.start().0, self.range.start().0)
     }
 
-    /// The guest bytes behind `range` in its last cluster; may reach beyond the end of the disk.
+    /// The guest bytes of `span` behind `range`; may reach beyond the end of the disk.
     pub fn tail(&self) -> ByteRange {
-        ByteRange::between(self.range.end().0, self.clusters.end().0)
+        ByteRange::between(self.range.end().0, self.span.end().0)
     }
 }
 
@@ -134,19 +170,73 @@ impl Metadata {
             }
             Kind::Reserved(host) => {
                 let count = self.contiguous_run(slice, index, first, max, host, true)?;
-                Ok(Write::Allocate(self.pend(range, slice, index, count, host, (false, true, false))))
+                let fill = Fill { new: false, whole: false, zero_around: true, untouched: false };
+                Ok(Write::Allocate(self.pend(range, slice, index, count, host, fill)))
             }
-            Kind::New { zero } => {
-                let count = self.new_run(slice, index, first, max, zero)?;
-                let Run { first: cluster, count, untouched } = self.allocate(count)?;
-                let host = HostOffset(cluster << bits);
-                Ok(Write::Allocate(self.pend(range, slice, index, count, host, (true, zero, untouched))))
+            Kind::Parts(mixed) => Ok(self.write_parts(range, slice, index, mixed)),
+            Kind::New { zero, whole } => {
+                let mut count = self.new_run(slice, index, first, max, (zero, whole))?;
+                let mut untouched = false;
+                let mut host = HostOffset(first << bits);
+                if !self.layout.data_file {
+                    let run = self.allocate(count)?;
+                    (host, count, untouched) = (HostOffset(run.first << bits), run.count, run.untouched);
+                }
+                let fill = Fill { new: true, whole, zero_around: zero, untouched };
+                Ok(Write::Allocate(self.pend(range, slice, index, count, host, fill)))
             }
         }
     }
 
+    /// A write into a cluster of our own whose subclusters differ: the first of them that take it the same way.
+    fn write_parts(&mut self, range: ByteRange, slice: u64, index: usize, mixed: Mixed) -> Write {
+        let (cluster, unit) = (self.layout.cluster(), self.layout.unit());
+        let host = mixed.host.expect("it can be written in place");
+        let in_cluster = range.start().0 % cluster;
+        let base = range.start().0 - in_cluster;
+        let allocated = |sub: u64| mixed.allocated >> sub & 1 != 0;
+        let sub = in_cluster / unit;
+        let end = (sub + 1..SUBCLUSTERS).find(|&next| allocated(next) != allocated(sub)).unwrap_or(SUBCLUSTERS);
+        let part = range.clip(base + end * unit);
+        if allocated(sub) {
+            return Write::InPlace { host: HostOffset(host.0 + in_cluster), len: part.len() };
+        }
+        let last = (part.end().0 - 1 - base) / unit;
+        let zero_below = self.zero_below(base >> self.layout.cluster_bits);
+        let zero = |sub: u64| mixed.zero >> sub & 1 != 0 || zero_below;
+        let fill = Fill { new: false, whole: false, zero_around: zero(sub) && zero(last), untouched: false };
+        Write::Allocate(self.pend(part, slice, index, 1, host, fill))
+    }
+
+    /// Where `len` bytes of compressed data (whole sectors, less than a cluster) for the guest cluster that begins at
+    /// `guest` go.
+    pub fn begin_packed(&mut self, guest: GuestOffset, len: u64) -> Result<Ready<Packed>, Fault> {
+        match self.check_writable() {
+            Ok(true) => Ok(Ready::Prepare),
+            Ok(false) => Ready::answer(self.try_packed(guest, len)),
+            Err(stop) => Ready::answer(Err(stop)),
+        }
+    }
+
+    fn try_packed(&mut self, guest: GuestOffset, len: u64) -> Result<Packed, Stop> {
+        let cluster = self.layout.cluster();
+        assert!(guest.0.is_multiple_of(cluster) && len.is_multiple_of(512) && len < cluster);
+        if self.layout.data_file {
+            return Ok(Packed::Plain);
+        }
+        let first = guest.0 >> self.layout.cluster_bits;
+        let (slice, index) = self.writable_slice(first)?;
+        self.decode(slice, index, first)?;
+        let Some(place) = self.allocate_packed(len)? else { return Ok(Packed::Plain) };
+        let fill = Fill { new: true, whole: true, zero_around: true, untouched: true };
+        let range = ByteRange::between(guest.0, guest.0 + cluster);
+        let mut a = self.pend(range, slice, index, 1, place.start, fill);
+        a.kind = Publish::Compressed(place);
+        Ok(Packed::Allocate(a))
+    }
+
     /// Refuses writes to a broken image; true when the header must change first.
-    fn check_writable(&mut self) -> Result<bool, Stop> {
+    pub(super) fn check_writable(&mut self) -> Result<bool, Stop> {
         if self.broken.is_some() {
             return Err(Stop::Fault(Fault::Errno(Errno::EIO)));
         }
@@ -212,7 +302,7 @@ impl Metadata {
 
     fn write_kind(&mut self, slice: u64, index: usize, guest_cluster: u64) -> Result<Kind, Corrupt> {
         let zero_below = self.zero_below(guest_cluster);
-        Ok(match self.decode(slice, index)? {
+        Ok(match self.decode(slice, index, guest_cluster)? {
             Entry::Data { host, copied: true } => {
                 self.check_data_place(host)?;
                 Kind::InPlace(host)
@@ -221,9 +311,14 @@ impl Metadata {
                 self.check_data_place(host)?;
                 Kind::Reserved(host)
             }
-            Entry::Zero { .. } => Kind::New { zero: true },
-            Entry::Unallocated => Kind::New { zero: zero_below },
-            Entry::Data { .. } | Entry::Compressed(_) => Kind::New { zero: false },
+            Entry::Mixed(mixed @ Mixed { host: Some(host), copied: true, .. }) => {
+                self.check_data_place(host)?;
+                Kind::Parts(mixed)
+            }
+            Entry::Zero { .. } => Kind::New { zero: true, whole: false },
+            Entry::Unallocated => Kind::New { zero: zero_below, whole: false },
+            Entry::Mixed(mixed) => Kind::New { zero: false, whole: mixed.allocated != 0 },
+            Entry::Data { .. } | Entry::Compressed(_) => Kind::New { zero: false, whole: true },
         })
     }
 
@@ -234,6 +329,9 @@ impl Metadata {
 
     /// Guest data must not overwrite metadata, whatever an L2 table says.
     fn check_data_place(&self, host: HostOffset) -> Result<(), Corrupt> {
+        if self.layout.data_file {
+            return Ok(()); // nothing but guest data is there
+        }
         let why = if self.structures.contains_key(&(host.0 >> self.layout.cluster_bits)) {
             "it is guest data by an L2 entry and metadata at the same time"
         } else if host.0 >= self.file_end {
@@ -272,11 +370,11 @@ impl Metadata {
     }
 
     /// Clusters from `first` on that all need a new cluster, with the same kind of content around.
-    fn new_run(&mut self, slice: u64, index: usize, first: u64, max: u64, zero: bool) -> Result<u64, Stop> {
+    fn new_run(&mut self, slice: u64, index: usize, first: u64, max: u64, like: (bool, bool)) -> Result<u64, Stop> {
         let mut count = 1;
         while count < max {
             match self.write_kind(slice, index + count as usize, first + count) {
-                Ok(Kind::New { zero: z }) if z == zero => count += 1,
+                Ok(Kind::New { zero, whole }) if (zero, whole) == like => count += 1,
                 _ => break,
             }
         }
@@ -289,56 +387,96 @@ impl Metadata {
         slice: u64,
         index: usize,
         count: u64,
-        host: HostOffset,
-        (new, zero_around, untouched): (bool, bool, bool),
+        cluster_host: HostOffset,
+        fill: Fill,
     ) -> Allocation {
         let bits = self.layout.cluster_bits;
         let first = range.start().0 >> bits;
-        let clusters = ByteRange::between(first << bits, (first + count) << bits);
+        let (start, end) = (first << bits, (first + count) << bits);
         self.pending.insert(first, first + count - 1);
         self.tables.pin(slice);
-        let range = range.clip(clusters.end().0);
-        Allocation { range, clusters, host, zero_around, untouched, slice, index, new, reserve: false }
+        let range = range.clip(end);
+        let unit = if fill.whole { self.layout.cluster() } else { self.layout.unit() };
+        let span_start = range.start().0 / unit * unit;
+        Allocation {
+            range,
+            span: ByteRange::between(span_start, range.end().0.next_multiple_of(unit)),
+            host: HostOffset(cluster_host.0 + (span_start - start)),
+            zero_around: fill.zero_around,
+            untouched: fill.untouched,
+            slice,
+            index,
+            first,
+            count,
+            cluster_host,
+            new: fill.new,
+            kind: Publish::Data,
+        }
     }
 
     /// The allocation's bytes are in the file: publishes its clusters.
     pub fn commit(&mut self, a: Allocation) {
-        let bits = self.layout.cluster_bits;
-        let count = (a.clusters.len() >> bits) as usize;
-        for i in 0..count {
-            let host = HostOffset(a.host.0 + ((i as u64) << bits));
+        for i in 0..a.count {
+            let index = a.index + i as usize;
+            // decoded before: the slice was pinned and the clusters pending, so nothing changed meanwhile
+            let old = self.decode(a.slice, index, a.first + i).expect("the entry was decoded when the write began");
+            self.set_entry(a.slice, index, self.published(&a, i, old));
             if a.new {
-                // decoded before: the slice was pinned and the clusters pending, so nothing changed meanwhile
-                let old = self.decode(a.slice, a.index + i).expect("the entry was decoded when the write began");
                 self.free_entry(old);
             }
-            let raw = if a.reserve { Entry::zero(Some(host)) } else { Entry::data(host) };
-            self.set_entry(a.slice, a.index + i, raw);
         }
         self.unpend(&a);
     }
 
+    /// What the entry of an allocation's cluster `i` becomes.
+    fn published(&self, a: &Allocation, i: u64, old: Entry) -> RawEntry {
+        let (layout, bits) = (self.layout, self.layout.cluster_bits);
+        let host = HostOffset(a.cluster_host.0 + (i << bits));
+        match a.kind {
+            Publish::Compressed(place) => return RawEntry::compressed(place, layout),
+            Publish::Reserve => return RawEntry::zero(Some(host), layout),
+            Publish::Data if !layout.extended_l2 => return RawEntry::data(host, layout),
+            Publish::Data => {}
+        }
+        let start = (a.first + i) << bits;
+        let written = subclusters(layout, start, a.span);
+        let (allocated, zero) = match old {
+            Entry::Zero { .. } => (0, u32::MAX),
+            Entry::Mixed(mixed) => (mixed.allocated, mixed.zero),
+            Entry::Unallocated | Entry::Data { .. } | Entry::Compressed(_) => (0, 0),
+        };
+        // in a new cluster there is nothing but what was written; old data moved along as a whole
+        let kept = if a.new { 0 } else { allocated };
+        RawEntry::mixed(Mixed { host: Some(host), copied: true, allocated: kept | written, zero: zero & !written })
+    }
+
     /// The allocation's bytes could not be written: nothing changes, its clusters are given back.
     pub fn abort(&mut self, a: Allocation) {
-        if a.new {
-            self.free_clusters(a.host.0, a.clusters.len());
+        match a.kind {
+            Publish::Compressed(place) => self.free_clusters(place.start.0, place.len),
+            _ if a.new && !self.layout.data_file => {
+                self.free_clusters(a.cluster_host.0, a.count << self.layout.cluster_bits);
+            }
+            _ => {}
         }
         self.unpend(&a);
     }
 
     fn unpend(&mut self, a: &Allocation) {
-        self.pending.remove(&(a.clusters.start().0 >> self.layout.cluster_bits));
+        self.pending.remove(&a.first);
         self.tables.unpin(a.slice);
     }
 
     /// Takes back the reference an L2 entry held.
     fn free_entry(&mut self, old: Entry) {
         match old {
-            Entry::Unallocated | Entry::Zero { host: None, .. } => {}
-            Entry::Data { host, .. } | Entry::Zero { host: Some(host), .. } => {
-                self.free_clusters(host.0, self.layout.cluster());
-            }
             Entry::Compressed(c) => self.free_clusters(c.start.0, c.len),
+            _ if self.layout.data_file => {}
+            _ => {
+                if let Some(host) = old.host() {
+                    self.free_clusters(host.0, self.layout.cluster());
+                }
+            }
         }
     }
 
@@ -377,7 +515,12 @@ impl Metadata {
         let end = if range.end().0 == self.size { range.end().0.div_ceil(1 << bits) } else { range.end().0 >> bits };
 
         let l1_index = (first / layout.l2_entries()) as usize;
-        if mode != ZeroMode::Provision && self.l2_table(l1_index)?.is_none() && self.zero_below(first) {
+        let unmapped_suffices = match mode {
+            ZeroMode::Provision => false,
+            ZeroMode::Expose => true,
+            ZeroMode::Unmap | ZeroMode::Discard => self.zero_below(first),
+        };
+        if unmapped_suffices && self.l2_table(l1_index)?.is_none() {
             let table_end = (first / layout.l2_entries() + 1) * layout.l2_entries();
             return Ok(Zero::Done((end.min(table_end) << bits).min(range.end().0) - range.start().0));
         }
@@ -387,7 +530,7 @@ impl Metadata {
         let mut count = 0;
         while count < max {
             let at = index + count as usize;
-            let entry = self.decode(slice, at)?;
+            let entry = self.decode(slice, at, first + count)?;
             match self.zero_entry(entry, first + count, mode) {
                 ZeroEntry::Keep => {}
                 ZeroEntry::Set(raw) => {
@@ -407,29 +550,72 @@ impl Metadata {
 
     /// Part of a cluster: nothing to do where it reads as zeroes already, else the bytes are written.
     fn zero_part(&mut self, part: ByteRange, first: u64, mode: ZeroMode) -> Result<Zero, Stop> {
-        if mode == ZeroMode::Discard {
+        if matches!(mode, ZeroMode::Discard | ZeroMode::Expose) {
             return Ok(Zero::Done(part.len()));
         }
         let entry = match self.l2_slice(first)? {
-            Some((slice, index)) => self.decode(slice, index)?,
+            Some((slice, index)) => self.decode(slice, index, first)?,
             None => Entry::Unallocated,
         };
-        let zero = match entry {
+        let done = match entry {
             Entry::Unallocated => self.zero_below(first) && mode == ZeroMode::Unmap,
             Entry::Zero { host, .. } => host.is_some() || mode == ZeroMode::Unmap,
-            Entry::Data { .. } | Entry::Compressed(_) => false,
+            Entry::Mixed(_) | Entry::Data { .. } | Entry::Compressed(_) => false,
         };
-        Ok(if zero { Zero::Done(part.len()) } else { Zero::Data(part.len()) })
+        if done {
+            return Ok(Zero::Done(part.len()));
+        }
+        match self.layout.extended_l2 {
+            true => self.zero_subclusters(part, first, entry, mode),
+            false => Ok(Zero::Data(part.len())),
+        }
+    }
+
+    /// Part of a cluster with subclusters: whole ones need no data written, unless nothing is reserved for them and
+    /// something shall be.
+    fn zero_subclusters(&mut self, part: ByteRange, first: u64, entry: Entry, mode: ZeroMode) -> Result<Zero, Stop> {
+        let unit = self.layout.unit();
+        let (start, end) = (part.start().0, part.end().0);
+        let whole_end = if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
+        let reserved = matches!(
+            entry,
+            Entry::Data { copied: true, .. }
+                | Entry::Zero { host: Some(_), copied: true }
+                | Entry::Mixed(Mixed { host: Some(_), copied: true, .. })
+        );
+        let by_flag = !matches!(entry, Entry::Compressed(_)) && (mode == ZeroMode::Unmap || reserved);
+        if !by_flag || !start.is_multiple_of(unit) || whole_end <= start {
+            let len = if by_flag { ((start / unit + 1) * unit).min(end) - start } else { part.len() };
+            return Ok(Zero::Data(len));
+        }
+        let (slice, index) = self.writable_slice(first)?;
+        let zeroed = subclusters(self.layout, first << self.layout.cluster_bits, ByteRange::between(start, whole_end));
+        let (allocated, zero) = match entry {
+            Entry::Unallocated | Entry::Compressed(_) => (0, 0),
+            Entry::Zero { .. } => (0, u32::MAX),
+            Entry::Data { .. } => (u32::MAX, 0),
+            Entry::Mixed(mixed) => (mixed.allocated, mixed.zero),
+        };
+        let copied = matches!(entry, Entry::Data { copied: true, .. } | Entry::Zero { copied: true, .. })
+            || matches!(entry, Entry::Mixed(mixed) if mixed.copied);
+        let mixed = Mixed { host: entry.host(), copied, allocated: allocated & !zeroed, zero: zero | zeroed };
+        self.set_entry(slice, index, RawEntry::mixed(mixed));
+        Ok(Zero::Done(whole_end.min(end) - start))
     }
 
     fn zero_entry(&self, entry: Entry, guest_cluster: u64, mode: ZeroMode) -> ZeroEntry {
         let zero_below = self.zero_below(guest_cluster);
         let flag = self.layout.version >= 3;
         match (mode, entry) {
+            (ZeroMode::Expose, Entry::Unallocated) => ZeroEntry::Keep,
+            (ZeroMode::Expose, _) => ZeroEntry::Set(RawEntry::UNALLOCATED),
             (ZeroMode::Provision, Entry::Zero { host: Some(_), copied: true }) => ZeroEntry::Keep,
-            (ZeroMode::Provision, Entry::Data { host, copied: true }) if flag => {
+            (
+                ZeroMode::Provision,
+                Entry::Data { host, copied: true } | Entry::Mixed(Mixed { host: Some(host), copied: true, .. }),
+            ) if flag => {
                 match self.check_data_place(host) {
-                    Ok(()) => ZeroEntry::Set(Entry::zero(Some(host))),
+                    Ok(()) => ZeroEntry::Set(RawEntry::zero(Some(host), self.layout)),
                     Err(_) => ZeroEntry::Data, // the write of those bytes reports it
                 }
             }
@@ -442,9 +628,9 @@ impl Metadata {
             }
             (_, Entry::Zero { host: None, .. }) => ZeroEntry::Keep,
             (_, Entry::Unallocated) if zero_below => ZeroEntry::Keep,
-            (_, _) if flag => ZeroEntry::Set(Entry::zero(None)),
+            (_, _) if flag => ZeroEntry::Set(RawEntry::zero(None, self.layout)),
             // version 2 has no zero flag: unallocated reads as zeroes only where no backing file is
-            (_, _) if zero_below => ZeroEntry::Set(0),
+            (_, _) if zero_below => ZeroEntry::Set(RawEntry::UNALLOCATED),
             (ZeroMode::Discard, _) => ZeroEntry::Keep,
             (_, _) => ZeroEntry::Data,
         }
@@ -454,18 +640,29 @@ impl Metadata {
     fn reserve(&mut self, range: ByteRange, slice: u64, index: usize, first: u64, max: u64) -> Result<Zero, Stop> {
         let mut count = 1;
         while count < max {
-            let Ok(entry) = self.decode(slice, index + count as usize) else { break };
+            let Ok(entry) = self.decode(slice, index + count as usize, first + count) else { break };
             if !matches!(self.zero_entry(entry, first + count, ZeroMode::Provision), ZeroEntry::Reserve) {
                 break;
             }
             count += 1;
         }
-        let run = self.allocate(count)?;
-        let host = HostOffset(run.first << self.layout.cluster_bits);
-        let mut a = self.pend(range, slice, index, run.count, host, (true, true, run.untouched));
-        a.reserve = true;
+        let mut host = HostOffset(first << self.layout.cluster_bits);
+        if !self.layout.data_file {
+            let run = self.allocate(count)?;
+            (host, count) = (HostOffset(run.first << self.layout.cluster_bits), run.count);
+        }
+        let fill = Fill { new: true, whole: true, zero_around: true, untouched: false };
+        let mut a = self.pend(range, slice, index, count, host, fill);
+        a.kind = Publish::Reserve;
         Ok(Zero::Allocate(a))
     }
+}
+
+/// The subclusters of the cluster that begins at `start` that lie in `range`, whose borders are borders of subclusters.
+fn subclusters(layout: Layout, start: u64, range: ByteRange) -> u32 {
+    let bit = |at: u64| (at.clamp(start, start + layout.cluster()) - start) / layout.unit();
+    let (from, to) = (bit(range.start().0), bit(range.end().0));
+    (((1u64 << to) - 1) & !((1u64 << from) - 1)) as u32
 }
 
 /// What zeroing does to one L2 entry.
@@ -473,7 +670,7 @@ enum ZeroEntry {
     /// It reads as zeroes already, or may stay.
     Keep,
     /// Replace it.
-    Set(u64),
+    Set(RawEntry),
     /// Its bytes must be written.
     Data,
     /// It gets a reserved cluster.

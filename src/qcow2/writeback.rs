@@ -263,6 +263,9 @@ impl Metadata {
             if count > references {
                 self.set_refcount(cluster, count - references).expect("the refcount was just read");
             } else if count == references {
+                if self.pack.is_some_and(|at| at >> self.layout.cluster_bits == cluster) {
+                    self.pack = None;
+                }
                 release.punching.push(cluster);
             } else {
                 let at = cluster << self.layout.cluster_bits;

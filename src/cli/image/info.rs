@@ -1,43 +1,14 @@
-//! `cowgate image`: makes and describes image files, without a daemon.
+//! `cowgate image info`.
 
-use super::{say, size};
+use crate::cli::{say, size};
 use crate::image::Format;
-use crate::image::create::{CreateOptions, create};
 use crate::image::info::{FormatSpecific, ImageInfo, info};
 use std::fmt::Write;
 use std::path::PathBuf;
-
-#[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
-    /// Make a new, empty QCOW2 image, alone or as an overlay of a backing file
-    Create(Create),
-    /// Describe an image without opening what it names
-    Info(Info),
-}
+use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Create {
-    /// The image to make
-    file: PathBuf,
-    /// Virtual size in bytes, or with a suffix K, M, G or T (1K is 1024) [default: the backing file's]
-    #[arg(long, value_name = "N", value_parser = size::parse, required_unless_present = "backing")]
-    size: Option<u64>,
-    /// Backing file: what the new image does not hold is read from it. A relative path is relative to FILE's directory
-    #[arg(long, value_name = "FILE", requires = "backing_format")]
-    backing: Option<PathBuf>,
-    /// The backing file's format; it is never guessed: qcow2 or raw
-    #[arg(long, value_name = "FORMAT", requires = "backing")]
-    backing_format: Option<Format>,
-    /// Cluster size in bytes, a power of two from 512 to 2M
-    #[arg(long, value_name = "N", value_parser = size::parse, default_value = "64K")]
-    cluster_size: u64,
-    /// Replace FILE if it exists
-    #[arg(long)]
-    force: bool,
-}
-
-#[derive(Debug, clap::Args)]
-pub(super) struct Info {
+pub(in crate::cli) struct Args {
     /// The image to describe
     file: PathBuf,
     /// Print JSON with the keys of `qemu-img info --output=json`
@@ -48,27 +19,14 @@ pub(super) struct Info {
     format: Option<Format>,
 }
 
-pub(super) fn run(command: &Command) -> Result<(), String> {
-    match command {
-        Command::Create(args) => {
-            let options = CreateOptions {
-                path: args.file.clone(),
-                size: args.size,
-                cluster_size: args.cluster_size,
-                backing: args.backing.clone().zip(args.backing_format),
-                force: args.force,
-            };
-            create(&options).map_err(|e| e.to_string())
-        }
-        Command::Info(args) => {
-            let info = info(&args.file, args.format).map_err(|e| e.to_string())?;
-            let text = match args.json {
-                true => serde_json::to_string_pretty(&info).map_err(|e| e.to_string())? + "\n",
-                false => describe(&info),
-            };
-            say(&text)
-        }
-    }
+pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
+    let info = info(&args.file, args.format).map_err(|e| e.to_string())?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&info).map_err(|e| e.to_string())? + "\n",
+        false => describe(&info),
+    };
+    say(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The description for people, in the order and words of `qemu-img info`.
