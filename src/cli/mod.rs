@@ -3,6 +3,8 @@
 //! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
 
 mod image;
+#[allow(dead_code)] // the long commands use it as they come
+mod progress;
 mod serve;
 mod size;
 

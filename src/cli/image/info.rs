@@ -1,5 +1,6 @@
 //! `cowgate image info`.
 
+use crate::cli::progress::print_json;
 use crate::cli::{say, size};
 use crate::image::Format;
 use crate::image::info::{FormatSpecific, ImageInfo, info};
@@ -21,11 +22,10 @@ pub(in crate::cli) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
     let info = info(&args.file, args.format).map_err(|e| e.to_string())?;
-    let text = match args.json {
-        true => serde_json::to_string_pretty(&info).map_err(|e| e.to_string())? + "\n",
-        false => describe(&info),
-    };
-    say(&text)?;
+    match args.json {
+        true => print_json(&info)?,
+        false => say(&describe(&info))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
