@@ -35,6 +35,8 @@ const TURN: usize = 64;
 pub struct Disk {
     image: Arc<Image>,
     files: Vec<ring::File>,
+    /// External data files, where layers have one.
+    data_files: Vec<Option<ring::File>>,
     writable: bool,
     /// A write-back nobody waits for is running from this disk.
     writing_back: Cell<bool>,
@@ -85,11 +87,14 @@ impl Disk {
     /// Opens the calling thread's descriptors for an image. `writable` wants a counted writer
     /// ([`Image::begin_writing`]) for as long as the disk is used.
     pub fn open(image: Arc<Image>, writable: bool) -> Result<Rc<Disk>, Error> {
-        let mut files = Vec::with_capacity(image.layers.len());
+        let (mut files, mut data_files) = (Vec::with_capacity(image.layers.len()), Vec::new());
         for (i, layer) in image.layers.iter().enumerate() {
-            files.push(layer.open_file(writable && i == 0)?);
+            let write = writable && i == 0;
+            files.push(layer.open_file(write)?);
+            data_files.push(layer.open_data_file(write)?);
         }
-        Ok(Rc::new_cyclic(|me| Disk { image, files, writable, writing_back: Cell::new(false), me: me.clone() }))
+        let writing_back = Cell::new(false);
+        Ok(Rc::new_cyclic(|me| Disk { image, files, data_files, writable, writing_back, me: me.clone() }))
     }
 
     /// What a disk of `size` bytes offers.
@@ -109,6 +114,16 @@ impl Disk {
 
     pub(super) fn file(&self, layer: usize) -> &ring::File {
         &self.files[layer]
+    }
+
+    /// The exported layer's external data file.
+    pub(super) fn data_file(&self) -> Option<&ring::File> {
+        self.data_files[0].as_ref()
+    }
+
+    /// Where a layer's guest data is.
+    fn guest_file(&self, layer: usize) -> &ring::File {
+        self.data_files[layer].as_ref().unwrap_or(&self.files[layer])
     }
 
     /// The exported layer's metadata. Panics for a raw image.
@@ -238,7 +253,7 @@ impl Disk {
                 (Ok(()), buf)
             }
             From::File { layer, host } => {
-                let file = &self.files[layer];
+                let file = self.guest_file(layer);
                 match file.read_cached(host, &mut buf) {
                     Some(result) => (result, buf),
                     None => file.read(host, buf).await,
@@ -350,7 +365,7 @@ impl Disk {
 
     async fn perform(&self, job: Job) -> (Result<(), Errno>, PageBuf) {
         let (allocation, buf) = match job {
-            Job::InPlace(host, buf) => return self.files[0].write(host, buf).await,
+            Job::InPlace(host, buf) => return self.guest_file(0).write(host, buf).await,
             Job::Allocate(allocation, buf) => (allocation, buf),
         };
         let (result, buf) = self.fill_allocation(&allocation, buf).await;
@@ -375,7 +390,7 @@ impl Disk {
         let (head, tail) = (a.head(), a.tail());
         let nothing_around = (head.is_empty() && tail.is_empty()) || (a.zero_around && a.untouched);
         if nothing_around {
-            return self.files[0].write(a.data_host(), buf).await;
+            return self.guest_file(0).write(a.data_host(), buf).await;
         }
         if a.span.len() <= ONE_PIECE {
             let mut whole = PageBuf::new(a.span.len() as usize);
@@ -394,11 +409,11 @@ impl Disk {
             }
             before.unsplit(data);
             before.unsplit(after);
-            return (self.files[0].write(a.host, before).await.0, buf);
+            return (self.guest_file(0).write(a.host, before).await.0, buf);
         }
         let tail_host = HostOffset(a.host.0 + (tail.start().0 - a.span.start().0));
         let around = join_all([(head, a.host), (tail, tail_host)].map(|(range, host)| self.copy_old(a, range, host)));
-        let (around, (data, buf)) = tokio::join!(around, self.files[0].write(a.data_host(), buf));
+        let (around, (data, buf)) = tokio::join!(around, self.guest_file(0).write(a.data_host(), buf));
         (around.into_iter().fold(data, Result::and), buf)
     }
 
@@ -408,7 +423,7 @@ impl Disk {
         }
         let (result, old) = self.read_old(a, range, PageBuf::new(range.len() as usize)).await;
         result?;
-        self.files[0].write(host, old).await.0
+        self.guest_file(0).write(host, old).await.0
     }
 
     /// The content around an allocation before the write; zeroes beyond the end of the disk.
@@ -431,6 +446,7 @@ impl Disk {
     // ---- zeroing
 
     async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
+        self.zero_data_file(range, mode).await?;
         let mut rest = range;
         let mut decisions = 0;
         while !rest.is_empty() {
@@ -455,7 +471,7 @@ impl Disk {
                 Ok(Zero::Allocate(allocation)) => {
                     let len = allocation.range.len();
                     let host = HostRange::new(allocation.host, allocation.span.len());
-                    let result = raw::reserve(&self.files[0], host).await;
+                    let result = raw::reserve(self.guest_file(0), host).await;
                     self.finish(allocation, result);
                     result?;
                     rest = rest.skip(len);
@@ -474,6 +490,25 @@ impl Disk {
         }
         self.start_writeback();
         Ok(())
+    }
+
+    /// Zeroes a range of the external data file, before the metadata says so: what lies there is the guest's to lose.
+    /// A raw one must always read as the disk does; from another one whole clusters are only given back.
+    async fn zero_data_file(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
+        let (Some(file), Some(data)) = (self.data_file(), &self.image.layers[0].data) else { return Ok(()) };
+        let cluster = self.metadata().layout().cluster();
+        let end = range.end().0;
+        let first = range.start().0.next_multiple_of(cluster).min(end);
+        let last = if end == self.image.size() { end } else { (end / cluster * cluster).max(first) };
+        let clusters = ByteRange::between(first, last);
+        let unmap = ZeroFlags { may_unmap: true, fast: false };
+        match (data.raw, mode) {
+            (true, ZeroMode::Unmap) => raw::write_zeroes(file, range, unmap).await,
+            (true, ZeroMode::Provision) => raw::write_zeroes(file, range, ZeroFlags::default()).await,
+            (true, ZeroMode::Discard | ZeroMode::Expose) => raw::write_zeroes(file, clusters, unmap).await,
+            (false, ZeroMode::Provision) => Ok(()),
+            (false, _) => raw::discard(file, clusters).await,
+        }
     }
 
     async fn write_zero_bytes(&self, range: ByteRange) -> Result<(), Errno> {
@@ -627,7 +662,7 @@ impl BlockDev for Disk {
         let _operation = self.operation();
         for piece in self.resolve(r, MAX_EXTENTS).await? {
             if let From::File { layer, host } = piece.from
-                && let Storage::File { file, .. } = &self.image.layers[layer].storage
+                && let Storage::File { file, .. } = self.image.layers[layer].data_storage()
             {
                 raw::will_need(file, HostRange::new(host, piece.range.len()));
             }

@@ -72,6 +72,26 @@ pub enum Error {
         /// Why it is refused, and what to do.
         why: String,
     },
+    /// The external data file's name is one we do not follow.
+    #[error("{}: external data file {data_file:?}: {why}", path.display())]
+    DataFile {
+        /// The image.
+        path: PathBuf,
+        /// The name it stores.
+        data_file: String,
+        /// Why it is refused, and what to do.
+        why: String,
+    },
+    /// An internal snapshot that cannot be opened.
+    #[error("{}: snapshot {snapshot:?}: {why}", path.display())]
+    Snapshot {
+        /// The image.
+        path: PathBuf,
+        /// The snapshot asked for.
+        snapshot: String,
+        /// Why it cannot be opened.
+        why: String,
+    },
     /// Another program uses the file.
     #[error("{}: is in use by another program (its {lock} lock is held); {remedy}", path.display())]
     Locked {

@@ -163,7 +163,11 @@ impl Disk {
     }
 
     async fn barrier(&self) -> Result<(), Errno> {
-        let result = self.file(0).sync().await;
+        let data = match self.data_file() {
+            Some(data) => data.sync().await,
+            None => Ok(()),
+        };
+        let result = data.and(self.file(0).sync().await);
         if let Err(e) = result {
             unpoisoned(&self.image().flush).lost = true;
             error!(

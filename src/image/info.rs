@@ -77,6 +77,14 @@ pub struct Qcow2Info {
     pub refcount_bits: u32,
     /// Marked corrupt.
     pub corrupt: bool,
+    /// L2 entries have subclusters.
+    pub extended_l2: bool,
+    /// External data file as stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether the external data file is a raw image by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file_raw: Option<bool>,
 }
 
 /// Describes an image. `format`: as declared; `None`: QCOW2 when the file begins like one, else raw. That guess is
@@ -110,6 +118,7 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<ImageInfo, Error> {
     }
     let parsed = ring::run(opener.parse()).map_err(Error::io(path, "start reading it"))??;
     let header = parsed.header;
+    let raw_data_file = header.raw_data_file();
     info.virtual_size = header.size;
     info.cluster_size = Some(header.layout.cluster());
     info.backing_filename = header.backing_file.map(|name| String::from_utf8_lossy(&name).into_owned());
@@ -126,6 +135,9 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<ImageInfo, Error> {
         lazy_refcounts: header.lazy_refcounts,
         refcount_bits: 1 << header.layout.refcount_order,
         corrupt: header.corrupt,
+        extended_l2: header.layout.extended_l2,
+        data_file_raw: header.layout.data_file.then_some(raw_data_file),
+        data_file: header.data_file.map(|name| String::from_utf8_lossy(&name).into_owned()),
     }));
     Ok(info)
 }

@@ -16,7 +16,7 @@ mod shared;
 
 pub use disk::Disk;
 pub use error::Error;
-pub use open::{Gate, Opener};
+pub use open::{Gate, OpenOptions, Opener};
 pub use shared::{FileId, Image, Layer};
 
 use std::fmt;

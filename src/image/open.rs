@@ -4,14 +4,15 @@
 //! by how it was spelled; its format is the one the overlay's header declares.
 
 use super::lock;
-use super::shared::{Content, FileId, Image, Layer, Storage, locked};
+use super::shared::{Content, DataFile, FileId, Image, Layer, Storage, locked};
 use super::{Error, Format};
 use crate::pagebuf::PageBuf;
-use crate::qcow2::header::PEEK_BYTES;
+use crate::qcow2::header::{PEEK_BYTES, autoclear};
 use crate::qcow2::metadata::Surroundings;
 use crate::qcow2::snapshot::{self, Snapshot};
 use crate::qcow2::{Header, Metadata};
 use crate::ring;
+use crate::ring::mem::MemDisk;
 use crate::units::HostOffset;
 use nix::libc;
 use std::ffi::OsStr;
@@ -21,12 +22,29 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// Longest chain, in layers.
 pub const MAX_CHAIN: usize = 256;
-/// Memory for one layer's cached tables, in bytes: QEMU's default.
+/// Most memory for the cached tables of an image that asks for none, in bytes: QEMU's default.
 pub const CACHE_BYTES: u64 = 32 << 20;
+/// Least memory for the cached tables of one layer, in bytes.
+pub const MIN_CACHE_BYTES: u64 = 64 << 10;
+
+/// How an image is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions {
+    /// Its format.
+    pub format: Format,
+    /// Memory for the cached tables of all its layers, in bytes; `None`: enough for all of it, up to [`CACHE_BYTES`].
+    pub cache_bytes: Option<u64>,
+}
+
+impl From<Format> for OpenOptions {
+    fn from(format: Format) -> Self {
+        OpenOptions { format, cache_bytes: None }
+    }
+}
 
 /// Directories below which files that an image names may be opened.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +65,18 @@ impl Gate {
             Some(roots) => roots.iter().any(|root| file.starts_with(root)),
             None => exported.parent().is_some_and(|dir| file.starts_with(dir)),
         }
+    }
+}
+
+impl Gate {
+    /// Why a file is not opened, and what to do.
+    fn refusal(&self, exported: &Path, real: &Path) -> String {
+        let roots = match &self.roots {
+            Some(roots) => roots.iter().map(|r| r.display().to_string()).collect::<Vec<_>>().join(", "),
+            None => exported.parent().unwrap_or(Path::new("/")).display().to_string(),
+        };
+        let real = real.display();
+        format!("{real} lies outside the image roots ({roots}); add its directory to `imageroots` in [generic]")
     }
 }
 
@@ -112,7 +142,8 @@ impl Opener {
     }
 
     /// Opens the chain that begins with this file, locked for reading. Runs on a worker.
-    pub async fn open(self, format: Format, gate: &Gate) -> Result<Image, Error> {
+    pub async fn open(self, options: impl Into<OpenOptions>, gate: &Gate) -> Result<Image, Error> {
+        let OpenOptions { format, cache_bytes } = options.into();
         let id = self.id;
         let exported = self.real.clone();
         let mut found: Vec<(Opener, Option<Parsed>)> = Vec::new();
@@ -137,13 +168,17 @@ impl Opener {
             }
             _ => None,
         };
+        let mut data_files = data_files(&found, &exported, gate)?;
+        let chain = found.len() as u64;
         // from the bottom up: an overlay wants to know how large what lies below it is
         let mut layers = Vec::with_capacity(found.len());
         let mut backing_size = 0;
         for (index, (opener, parsed)) in found.into_iter().enumerate().rev() {
-            let layer = opener.into_layer(parsed, backing_size, index == 0).await?;
+            let cache_bytes = parsed.as_ref().map_or(0, |p| cache_share(cache_bytes, &p.header, chain));
+            let around = Around { backing_size, cache_bytes, grows_with_zeroes: !opener.block_device, top: index == 0 };
+            let layer = opener.into_layer(parsed, data_files[index].take(), around).await?;
             backing_size = layer.size;
-            layers.push(layer);
+            layers.push(Arc::new(layer));
         }
         layers.reverse();
         Ok(Image::new(layers, id, not_writable))
@@ -165,37 +200,146 @@ impl Opener {
         parse(&self.ring_file()?, &self.path, self.len).await
     }
 
-    async fn into_layer(self, parsed: Option<Parsed>, backing_size: u64, top: bool) -> Result<Layer, Error> {
+    async fn into_layer(self, parsed: Option<Parsed>, data: Option<Opener>, around: Around) -> Result<Layer, Error> {
         let file = self.ring_file()?;
         let storage = Storage::File { file: self.file, block_device: self.block_device };
         let Some(parsed) = parsed else {
-            return Ok(Layer { path: self.path, storage, size: self.len, content: Content::Raw });
+            return Ok(raw_layer(self.path, storage, self.len));
         };
-        let grows = !self.block_device;
-        qcow2_layer(file, storage, self.path, parsed, backing_size, grows, top).await
+        let data = data.map(|data| DataFile {
+            path: data.path,
+            storage: Storage::File { file: data.file, block_device: data.block_device },
+            raw: parsed.header.raw_data_file(),
+        });
+        qcow2_layer(file, storage, self.path, parsed, data, around).await
     }
 }
 
 impl Image {
     /// An image in the test double; a backing chain is given bottom last, each with its format.
-    pub async fn in_memory(disks: &[(ring::mem::MemDisk, Format)]) -> Result<Image, Error> {
-        let mut layers: Vec<Layer> = Vec::new();
+    pub async fn in_memory(disks: &[(MemDisk, Format)]) -> Result<Image, Error> {
+        Image::in_memory_with_data(disks, None).await
+    }
+
+    /// As [`Image::in_memory`], with the external data file of the first image.
+    pub async fn in_memory_with_data(disks: &[(MemDisk, Format)], data: Option<&MemDisk>) -> Result<Image, Error> {
+        let mut layers: Vec<Arc<Layer>> = Vec::new();
         for (index, (disk, format)) in disks.iter().enumerate().rev() {
             let path = PathBuf::from(format!("memory-{index}"));
             let (file, storage) = (ring::File::memory(disk), Storage::Memory(disk.clone()));
-            let len = disk.len();
             let backing_size = layers.last().map_or(0, |l| l.size);
-            layers.push(match format {
-                Format::Raw => Layer { path, storage, size: len, content: Content::Raw },
+            layers.push(Arc::new(match format {
+                Format::Raw => raw_layer(path, storage, disk.len()),
                 Format::Qcow2 => {
-                    let parsed = parse(&file, &path, len).await?;
-                    qcow2_layer(file, storage, path, parsed, backing_size, true, index == 0).await?
+                    let parsed = parse(&file, &path, disk.len()).await?;
+                    let data = data.filter(|_| index == 0).map(|data| DataFile {
+                        path: PathBuf::from("memory-data"),
+                        storage: Storage::Memory(data.clone()),
+                        raw: parsed.header.raw_data_file(),
+                    });
+                    if parsed.header.layout.data_file && data.is_none() {
+                        return Err(Error::Broken { path, why: "its external data file is not given".to_owned() });
+                    }
+                    let cache_bytes = cache_share(None, &parsed.header, disks.len() as u64);
+                    let around = Around { backing_size, cache_bytes, grows_with_zeroes: true, top: index == 0 };
+                    qcow2_layer(file, storage, path, parsed, data, around).await?
                 }
-            });
+            }));
         }
         layers.reverse();
         Ok(Image::new(layers, FileId { device: 0, inode: 0 }, None))
     }
+
+    /// An internal snapshot of this image, found by its ID, else by its name, as an image that can only be read.
+    pub async fn snapshot(self: &Arc<Image>, name: &str) -> Result<Image, Error> {
+        let active = &self.layers[0];
+        let refuse = |why: String| Error::Snapshot { path: active.path.clone(), snapshot: name.to_owned(), why };
+        let Some(parsed) = &active.parsed else {
+            return Err(refuse("a raw image has no snapshots".to_owned()));
+        };
+        let found = parsed.snapshots.iter().find(|s| s.id == name).or(parsed.snapshots.iter().find(|s| s.name == name));
+        let Some(found) = found else {
+            let names: Vec<_> = parsed.snapshots.iter().map(|s| format!("{:?}", s.name)).collect();
+            let known =
+                if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) };
+            return Err(refuse(format!("there is no snapshot of this ID or name; {known}")));
+        };
+        let mut header = parsed.header.clone();
+        header.size = found.disk_size.unwrap_or(header.size);
+        header.l1_offset = found.l1_offset;
+        header.l1_entries = found.l1_entries;
+        header.check_tables().map_err(|e| refuse(e.to_string()))?;
+        let parsed = Parsed {
+            header,
+            snapshots: Vec::new(),
+            snapshot_bytes: 0,
+            file_len: active.file_len().map_err(Error::io(&active.path, "find its size"))?,
+        };
+        let again = |storage: &Storage| storage.again().map_err(Error::io(&active.path, "open it once more"));
+        let around = Around {
+            backing_size: self.layers.get(1).map_or(0, |below| below.size),
+            cache_bytes: cache_share(None, &parsed.header, 1),
+            grows_with_zeroes: false,
+            top: false,
+        };
+        let file = active.open_file(false)?;
+        let top = qcow2_layer(file, again(&active.storage)?, active.path.clone(), parsed, None, around).await?;
+        Ok(Image::snapshot_of(self, top))
+    }
+}
+
+/// What a layer needs to know that its own file does not say.
+#[derive(Clone, Copy)]
+struct Around {
+    backing_size: u64,
+    cache_bytes: u64,
+    grows_with_zeroes: bool,
+    /// The layer that is written.
+    top: bool,
+}
+
+fn raw_layer(path: PathBuf, storage: Storage, size: u64) -> Layer {
+    Layer { path, storage, size, content: Content::Raw, data: None, parsed: None }
+}
+
+/// One layer's part of an image's memory for cached tables: an equal one, and no more than all its tables take.
+fn cache_share(limit: Option<u64>, header: &Header, layers: u64) -> u64 {
+    let layout = header.layout;
+    let tables = layout.l1_entries_for(header.size).saturating_mul(layout.cluster());
+    // as much again for refcount blocks, which are small beside L2 tables
+    let enough = tables.saturating_add(tables / 4).max(MIN_CACHE_BYTES);
+    (limit.unwrap_or(CACHE_BYTES) / layers).clamp(MIN_CACHE_BYTES, enough)
+}
+
+/// Opens the external data files of a chain, if the gate lets them through.
+fn data_files(found: &[(Opener, Option<Parsed>)], exported: &Path, gate: &Gate) -> Result<Vec<Option<Opener>>, Error> {
+    let mut files: Vec<Option<Opener>> = Vec::with_capacity(found.len());
+    for (opener, parsed) in found {
+        let Some(header) = parsed.as_ref().map(|p| &p.header).filter(|h| h.layout.data_file) else {
+            files.push(None);
+            continue;
+        };
+        let path = &opener.path;
+        let Some(name) = &header.data_file else {
+            let why =
+                "it has an external data file and does not name it; name it with `qemu-img amend -o data_file=FILE`";
+            return Err(Error::Broken { path: path.clone(), why: why.to_owned() });
+        };
+        let text = String::from_utf8_lossy(name).into_owned();
+        let refuse = |why: String| Error::DataFile { path: path.clone(), data_file: text.clone(), why };
+        let name = relative(path, name).map_err(refuse)?;
+        let data = Opener::new(&name)?;
+        if !gate.admits(exported, &data.real) {
+            return Err(refuse(gate.refusal(exported, &data.real)));
+        }
+        let taken = files.iter().flatten().chain(found.iter().map(|(opener, _)| opener));
+        if taken.into_iter().any(|other| other.id == data.id) {
+            return Err(refuse("the same file is used twice in this chain".to_owned()));
+        }
+        lock::share(&data.file).map_err(|refused| locked(&data.path, refused))?;
+        files.push(Some(data));
+    }
+    Ok(files)
 }
 
 async fn parse(file: &ring::File, path: &Path, file_len: u64) -> Result<Parsed, Error> {
@@ -230,25 +374,32 @@ async fn qcow2_layer(
     storage: Storage,
     path: PathBuf,
     parsed: Parsed,
-    backing_size: u64,
-    grows_with_zeroes: bool,
-    top: bool,
+    data: Option<DataFile>,
+    around: Around,
 ) -> Result<Layer, Error> {
-    let Parsed { header, snapshots, snapshot_bytes, file_len } = parsed;
+    let Parsed { header, snapshots, snapshot_bytes, file_len } = &parsed;
     let l1_bytes = u64::from(header.l1_entries) * 8;
-    if header.l1_offset.0 + l1_bytes > file_len && l1_bytes > 0 {
+    if header.l1_offset.0 + l1_bytes > *file_len && l1_bytes > 0 {
         let why = format!("L1 table at byte {} runs past the end of the file ({file_len} bytes)", header.l1_offset.0);
         return Err(Error::Broken { path, why });
     }
     let l1 = read(&file, &path, header.l1_offset.0, l1_bytes).await?;
     // a layer that is only read never looks at refcounts
-    let reftable_bytes = if top { u64::from(header.reftable_clusters) * header.layout.cluster() } else { 0 };
+    let reftable_bytes = if around.top { u64::from(header.reftable_clusters) * header.layout.cluster() } else { 0 };
     let reftable = read(&file, &path, header.reftable_offset.0, reftable_bytes).await?;
-    let mut structures = vec![(header.snapshots_offset.0, snapshot_bytes, "snapshot table")];
+    let mut structures = vec![(header.snapshots_offset.0, *snapshot_bytes, "snapshot table")];
     structures.extend(snapshots.iter().map(|s| (s.l1_offset.0, u64::from(s.l1_entries) * 8, "snapshot's L1 table")));
-    let around = Surroundings { file_len, grows_with_zeroes, backing_size, cache_bytes: CACHE_BYTES, maintained: 0 };
-    let mut metadata = Metadata::new(&header, &l1, &reftable, &structures, around);
-    if top && let Some(corrupt) = metadata.take_unreported() {
+    let surroundings = Surroundings {
+        file_len: *file_len,
+        grows_with_zeroes: around.grows_with_zeroes,
+        backing_size: around.backing_size,
+        cache_bytes: around.cache_bytes,
+        maintained: autoclear::RAW_DATA_FILE,
+    };
+    let mut metadata = Metadata::new(header, &l1, &reftable, &structures, surroundings);
+    if around.top
+        && let Some(corrupt) = metadata.take_unreported()
+    {
         tracing::error!("{}: {corrupt}; the image is served but not written", path.display());
     }
     Ok(Layer {
@@ -256,6 +407,8 @@ async fn qcow2_layer(
         storage,
         size: header.size,
         content: Content::Qcow2 { metadata: Box::new(Mutex::new(metadata)), compression: header.compression },
+        data,
+        parsed: Some(parsed),
     })
 }
 
@@ -270,21 +423,26 @@ fn backing(path: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>, Er
     let Some(name) = &header.backing_file else { return Ok(None) };
     let text = String::from_utf8_lossy(name).into_owned();
     let refuse = |why: String| Error::Backing { path: path.to_owned(), backing: text.clone(), why };
-    // QEMU reads "word:" as a protocol
-    let before_slash = name.split(|&b| b == b'/').next().unwrap_or_default();
-    if before_slash.contains(&b':') {
-        let why = "only files are followed, no protocols; for a file whose name holds a colon store \"./NAME\"";
-        return Err(refuse(why.to_owned()));
-    }
-    if name.contains(&0) {
-        return Err(refuse("the name holds a zero byte".to_owned()));
-    }
+    let name = relative(path, name).map_err(refuse)?;
     let Some(format) = &header.backing_format else {
         return Err(Error::NoBackingFormat { path: path.to_owned(), backing: text });
     };
     let format = format.parse().map_err(|why| refuse(format!("{why}; convert it with `qemu-img convert`")))?;
-    let name = Path::new(OsStr::from_bytes(name));
-    Ok(Some((path.parent().unwrap_or(Path::new("")).join(name), format)))
+    Ok(Some((name, format)))
+}
+
+/// The place of a file that an image names. `Err` says why it is not followed.
+fn relative(image: &Path, name: &[u8]) -> Result<PathBuf, String> {
+    // QEMU reads "word:" as a protocol
+    let before_slash = name.split(|&b| b == b'/').next().unwrap_or_default();
+    if before_slash.contains(&b':') {
+        let why = "only files are followed, no protocols; for a file whose name holds a colon store \"./NAME\"";
+        return Err(why.to_owned());
+    }
+    if name.contains(&0) {
+        return Err("the name holds a zero byte".to_owned());
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(Path::new(OsStr::from_bytes(name))))
 }
 
 /// Opens the next file of a chain, if the gate lets it through.
@@ -296,14 +454,7 @@ fn follow(found: &[(Opener, Option<Parsed>)], exported: &Path, name: &Path, gate
     }
     let opener = Opener::new(name)?;
     if !gate.admits(exported, &opener.real) {
-        let roots = match &gate.roots {
-            Some(roots) => roots.iter().map(|r| r.display().to_string()).collect::<Vec<_>>().join(", "),
-            None => exported.parent().unwrap_or(Path::new("/")).display().to_string(),
-        };
-        let real = opener.real.display();
-        return Err(refuse(format!(
-            "{real} lies outside the image roots ({roots}); add its directory to `imageroots` in [generic]"
-        )));
+        return Err(refuse(gate.refusal(exported, &opener.real)));
     }
     if found.iter().any(|(earlier, _)| earlier.id == opener.id) {
         return Err(refuse("the chain refers to itself".to_owned()));

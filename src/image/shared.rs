@@ -2,14 +2,16 @@
 
 use super::flush::FlushState;
 use super::lock::{self, Refused};
+use super::open::Parsed;
 use super::{Error, Format};
 use crate::qcow2::compress::Compression;
 use crate::qcow2::{Corrupt, Metadata};
 use crate::ring;
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
@@ -26,8 +28,10 @@ pub struct FileId {
 ///
 /// Lock order: `writers`, then a layer's metadata, then `flush`; none is held across an await.
 pub struct Image {
-    pub(super) layers: Vec<Layer>,
+    pub(super) layers: Vec<Arc<Layer>>,
     pub(super) id: FileId,
+    /// The image that this one is an internal snapshot of: its lock covers both.
+    _parent: Option<Arc<Image>>,
     writers: Mutex<Writers>,
     pub(super) flush: Mutex<FlushState>,
     /// Rung whenever something happened that a `Wait` may have waited for.
@@ -50,6 +54,18 @@ pub struct Layer {
     /// Virtual size in bytes.
     pub(super) size: u64,
     pub(super) content: Content,
+    /// Where its guest data is, when that is not the image file.
+    pub(super) data: Option<DataFile>,
+    /// What its image header says; `None` for a raw layer.
+    pub(super) parsed: Option<Parsed>,
+}
+
+/// The external data file of a layer.
+pub(super) struct DataFile {
+    pub path: PathBuf,
+    pub storage: Storage,
+    /// It is a raw image of the disk by itself and has to stay one: zeroes are written to it, not only noted.
+    pub raw: bool,
 }
 
 /// Where a layer's bytes are kept.
@@ -89,15 +105,60 @@ impl Layer {
 
     /// A new descriptor of the layer's file for the calling thread.
     pub(super) fn open_file(&self, write: bool) -> Result<ring::File, Error> {
+        self.storage.open(write).map_err(Error::io(&self.path, "open it once more"))
+    }
+
+    /// A new descriptor of the layer's external data file, if it has one.
+    pub(super) fn open_data_file(&self, write: bool) -> Result<Option<ring::File>, Error> {
+        let open = |data: &DataFile| data.storage.open(write).map_err(Error::io(&data.path, "open it once more"));
+        self.data.as_ref().map(open).transpose()
+    }
+
+    /// Length of the layer's file in bytes, now.
+    pub(super) fn file_len(&self) -> std::io::Result<u64> {
         match &self.storage {
+            Storage::Memory(disk) => Ok(disk.len()),
+            Storage::File { file, .. } => (&*file).seek(SeekFrom::End(0)),
+        }
+    }
+
+    /// Where the layer's guest data is.
+    pub(super) fn data_storage(&self) -> &Storage {
+        self.data.as_ref().map_or(&self.storage, |data| &data.storage)
+    }
+
+    /// The files whose locks cover what a writer changes.
+    fn lockable(&self) -> impl Iterator<Item = (&Path, &File)> {
+        let data = self.data.as_ref().map(|data| (data.path.as_path(), &data.storage));
+        let all = std::iter::once((self.path.as_path(), &self.storage)).chain(data);
+        all.filter_map(|(path, storage)| match storage {
+            Storage::File { file, .. } => Some((path, file)),
+            Storage::Memory(_) => None,
+        })
+    }
+}
+
+impl Storage {
+    /// A new descriptor for the calling thread.
+    fn open(&self, write: bool) -> std::io::Result<ring::File> {
+        match self {
             Storage::Memory(disk) => Ok(ring::File::memory(disk)),
             Storage::File { file, .. } => {
                 // through /proc: the same inode, even when the path names another file by now
                 let same = format!("/proc/self/fd/{}", file.as_raw_fd());
-                let opened = File::options().read(true).write(write).open(same);
-                Ok(ring::File::from_std(opened.map_err(Error::io(&self.path, "open it once more"))?))
+                Ok(ring::File::from_std(File::options().read(true).write(write).open(same)?))
             }
         }
+    }
+
+    /// The same open file, and with it the same lock, once more.
+    pub(super) fn again(&self) -> std::io::Result<Storage> {
+        Ok(match self {
+            Storage::Memory(disk) => Storage::Memory(disk.clone()),
+            Storage::File { file, block_device } => {
+                Storage::File { file: file.try_clone()?, block_device: *block_device }
+            }
+        })
     }
 }
 
@@ -107,8 +168,27 @@ pub(super) fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Image {
-    pub(super) fn new(layers: Vec<Layer>, id: FileId, not_writable: Option<&'static str>) -> Image {
-        Image { layers, id, writers: Mutex::default(), flush: Mutex::default(), progress: Notify::new(), not_writable }
+    pub(super) fn new(layers: Vec<Arc<Layer>>, id: FileId, not_writable: Option<&'static str>) -> Image {
+        Image {
+            layers,
+            id,
+            _parent: None,
+            writers: Mutex::default(),
+            flush: Mutex::default(),
+            progress: Notify::new(),
+            not_writable,
+        }
+    }
+
+    /// An internal snapshot of `parent` as an image of its own, which is only read: `top` is the snapshot, what lies
+    /// below is the parent's.
+    pub(super) fn snapshot_of(parent: &Arc<Image>, top: Layer) -> Image {
+        let mut layers = vec![Arc::new(top)];
+        layers.extend(parent.layers[1..].iter().cloned());
+        let mut image =
+            Image::new(layers, parent.id, Some("it is an internal snapshot; export it with `readonly = true`"));
+        image._parent = Some(Arc::clone(parent));
+        image
     }
 
     /// Device and inode of the exported file.
@@ -117,7 +197,7 @@ impl Image {
     }
 
     /// The chain, the exported layer first.
-    pub fn layers(&self) -> &[Layer] {
+    pub fn layers(&self) -> &[Arc<Layer>] {
         &self.layers
     }
 
@@ -142,10 +222,13 @@ impl Image {
             return Err(Error::NotWritable { path: self.path().to_owned(), why });
         }
         let mut writers = unpoisoned(&self.writers);
-        if !writers.locked
-            && let Storage::File { file, .. } = &self.layers[0].storage
-        {
-            lock::add_write(file).map_err(|refused| locked(self.path(), refused))?;
+        if !writers.locked {
+            for (path, file) in self.layers[0].lockable() {
+                if let Err(refused) = lock::add_write(file) {
+                    self.drop_write_locks();
+                    return Err(locked(path, refused));
+                }
+            }
             writers.locked = true;
         }
         writers.count += 1;
@@ -160,12 +243,16 @@ impl Image {
     /// Gives the write lock back, unless a writer has come again.
     pub fn end_writing(&self) {
         let mut writers = unpoisoned(&self.writers);
-        if writers.count == 0
-            && std::mem::take(&mut writers.locked)
-            && let Storage::File { file, .. } = &self.layers[0].storage
-            && let Err(e) = lock::drop_write(file)
-        {
-            warn!("{}: the write lock stays until the image is closed: {e}", self.path().display());
+        if writers.count == 0 && std::mem::take(&mut writers.locked) {
+            self.drop_write_locks();
+        }
+    }
+
+    fn drop_write_locks(&self) {
+        for (path, file) in self.layers[0].lockable() {
+            if let Err(e) = lock::drop_write(file) {
+                warn!("{}: the write lock stays until the image is closed: {e}", path.display());
+            }
         }
     }
 

@@ -268,7 +268,8 @@ impl Header {
         Ok(())
     }
 
-    fn check_tables(&self) -> Result<(), HeaderError> {
+    /// Whether the tables' places and sizes are possible.
+    pub fn check_tables(&self) -> Result<(), HeaderError> {
         let layout = self.layout;
         if layout.l1_entries_for(self.size).saturating_mul(8) > MAX_L1_BYTES {
             let max = MAX_L1_BYTES / 8 * layout.l2_coverage();

@@ -24,6 +24,8 @@ pub struct Snapshot {
     pub date_seconds: u32,
     /// Size of the saved VM state in bytes.
     pub vm_state_bytes: u64,
+    /// Virtual size in bytes, where it is said: when the snapshot was taken.
+    pub disk_size: Option<u64>,
 }
 
 /// The snapshots and the table's length in bytes. `Ok(None)`: `bytes` ends before the table does, read more.
@@ -50,6 +52,8 @@ pub fn parse(bytes: &[u8], count: u32) -> Result<Option<(Vec<Snapshot>, u64)>, S
             8.. => u64::from_be_bytes(entry[FIXED..FIXED + 8].try_into().expect("eight bytes")),
             _ => u64::from(be32(32)),
         };
+        let disk_size =
+            (extra >= 16).then(|| u64::from_be_bytes(entry[FIXED + 8..FIXED + 16].try_into().expect("eight bytes")));
         let text = |from: usize, len: usize| String::from_utf8_lossy(&entry[from..from + len]).into_owned();
         list.push(Snapshot {
             id: text(FIXED + extra, id_len),
@@ -58,6 +62,7 @@ pub fn parse(bytes: &[u8], count: u32) -> Result<Option<(Vec<Snapshot>, u64)>, S
             l1_entries,
             date_seconds: be32(16),
             vm_state_bytes,
+            disk_size,
         });
         at = (at + total).next_multiple_of(8);
     }
@@ -87,6 +92,7 @@ mod tests {
         let (list, len) = parse(&bytes, 2).unwrap().unwrap();
         assert_eq!(len, bytes.len() as u64);
         assert_eq!((list[0].name.as_str(), list[1].id.as_str()), ("before update", "22"));
+        assert_eq!((list[0].disk_size, list[1].disk_size), (Some(0), None));
         assert_eq!((list[0].l1_offset, list[0].l1_entries), (HostOffset(0x70000), 5));
         assert_eq!(parse(&bytes[..70], 2).unwrap(), None);
         assert!(parse(&entry(2000, "1", "a"), 1).is_err());

@@ -63,6 +63,13 @@ fn describe(info: &ImageInfo) -> String {
         line("lazy refcounts", qcow2.lazy_refcounts.to_string());
         line("refcount bits", qcow2.refcount_bits.to_string());
         line("corrupt", qcow2.corrupt.to_string());
+        line("extended l2", qcow2.extended_l2.to_string());
+        if let Some(name) = &qcow2.data_file {
+            line("data file", name.clone());
+        }
+        if let Some(raw) = qcow2.data_file_raw {
+            line("data file raw", raw.to_string());
+        }
     }
     for snapshot in &info.snapshots {
         line(
