@@ -151,6 +151,8 @@ pub struct Metadata {
     pub(super) structures: HashMap<u64, &'static str>,
     /// Autoclear feature bits that must go before the first write.
     pub(super) autoclear: u64,
+    /// Autoclear feature bits that stay as they are.
+    pub(super) kept: u64,
     /// That write is waiting.
     pub(super) first_write: bool,
     /// Set when a corruption was seen: no more writes.
@@ -208,6 +210,7 @@ impl Metadata {
             tables: Tables::new(layout.slice(), around.cache_bytes),
             structures: HashMap::new(),
             autoclear: header.autoclear & !around.maintained,
+            kept: header.autoclear & around.maintained,
             first_write: false,
             broken: None,
             unreported: false,
@@ -253,6 +256,13 @@ impl Metadata {
     /// Cluster size and widths.
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// Keeps these autoclear feature bits, as far as they are set: from now on somebody sees to it that what they promise
+    /// is true.
+    pub fn maintain(&mut self, bits: u64) {
+        self.kept |= self.autoclear & bits;
+        self.autoclear &= !bits;
     }
 
     /// The corruption that ended writing, if any.

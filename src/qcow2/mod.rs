@@ -3,9 +3,10 @@
 //! Follows QEMU's `docs/interop/qcow2.rst`. [`header`] parses what an image claims, [`layout`] does its arithmetic,
 //! [`entry`] names the kinds of L2 entries, [`metadata`] holds tables and answers "where is this range?",
 //! [`mod@write`] decides how a range is written, [`alloc`] owns refcounts, [`writeback`] orders what reaches the disk,
-//! [`compress`] unpacks compressed clusters, [`create`] lays out a new image.
+//! [`bitmap`] knows persistent dirty bitmaps, [`compress`] unpacks compressed clusters, [`create`] lays out a new image.
 
 pub mod alloc;
+pub mod bitmap;
 pub mod compress;
 pub mod create;
 pub mod entry;

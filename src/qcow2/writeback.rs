@@ -134,7 +134,9 @@ impl Metadata {
                 return Some(Step::Barrier);
             }
             let mut pieces = match cycle.phase {
-                Phase::Autoclear if cycle.autoclear != 0 => vec![(HostOffset(field::AUTOCLEAR), vec![0; 8])],
+                Phase::Autoclear if cycle.autoclear != 0 => {
+                    vec![(HostOffset(field::AUTOCLEAR), self.kept.to_be_bytes().to_vec())]
+                }
                 Phase::Autoclear => vec![],
                 Phase::Refcounts => std::mem::take(&mut cycle.refblocks),
                 Phase::Reftable => std::mem::take(&mut cycle.reftable.pointer),
