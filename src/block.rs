@@ -79,6 +79,8 @@ pub struct Geometry {
 pub struct ZeroFlags {
     /// The range may lose its storage (NBD: NO_HOLE is not set).
     pub may_unmap: bool,
+    /// What has no storage need not get any, although what has some keeps it.
+    pub sparse: bool,
     /// Fail with ENOTSUP, changing nothing, rather than write data (NBD: FAST_ZERO).
     pub fast: bool,
 }
@@ -207,6 +209,8 @@ pub trait BlockDev: 'static {
     async fn read(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf);
     /// Stores all of `buf` at `at`; durable only after a later [`BlockDev::flush`].
     async fn write(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf);
+    /// As [`BlockDev::write`], stored compressed where the device can do that and it saves space.
+    async fn write_compressed(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf);
     /// Makes the range read as zeroes.
     async fn write_zeroes(&self, r: ByteRange, f: ZeroFlags) -> Result<(), Errno>;
     /// Gives storage of the range back where the format can; contents become zeroes or stay.

@@ -117,6 +117,25 @@ impl fmt::Display for ByteRange {
     }
 }
 
+/// Parses a number of bytes with an optional binary suffix K, M, G, T or P (64K is 65,536), as qemu-img does.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" | "b" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        "T" | "t" => 40,
+        "P" | "p" => 50,
+        other => return Err(format!("the suffix {other:?} is not known; K, M, G, T and P are")),
+    };
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err("write a whole number of bytes, with K, M, G, T or P behind it if you like".to_owned());
+    }
+    let number: u64 = digits.parse().map_err(|_| "the number is too large".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,5 +155,16 @@ mod tests {
         assert!(r.skip(60).is_empty());
         assert_eq!(r.clip(120), ByteRange::between(100, 120));
         assert!(r.clip(10).is_empty());
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("0", 0), ("512", 512), ("64K", 65536), ("64k", 65536), ("1M", 1 << 20), ("2T", 2 << 40)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "K", "-1", "1.5G", "10X", "10GiB", "1 G", "99999999999999999999", "16384P", "\u{e4}"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -150,7 +150,7 @@ async fn task(disk: Rc<Disk>, parts: Parts, me: usize, mut seed: Seed, ops: usiz
             }
             55..75 => {
                 note(vec![0; len as usize]);
-                let flags = ZeroFlags { may_unmap: seed.chance(60), fast: false };
+                let flags = ZeroFlags { may_unmap: seed.chance(60), sparse: seed.chance(30), fast: false };
                 disk.write_zeroes(range, flags).await.unwrap();
             }
             75..85 => {

@@ -146,7 +146,7 @@ impl Task {
 
     async fn zero(&mut self, from: usize, len: usize) {
         self.note(from, &vec![0; len]);
-        let flags = ZeroFlags { may_unmap: self.seed.chance(60), fast: false };
+        let flags = ZeroFlags { may_unmap: self.seed.chance(60), sparse: self.seed.chance(30), fast: false };
         let result = self.disk.write_zeroes(self.range(from, len), flags).await;
         let written = self.succeeded("write zeroes", result);
         self.settle_on(from, vec![0; len], written).await;

@@ -229,7 +229,8 @@ async fn operate(disk: &Disk, start: u64, bytes: &mut [u8], rng: &mut SmallRng) 
             model.copy_from_slice(&data);
         }
         70..85 => {
-            let flags = ZeroFlags { may_unmap: rng.random_bool(0.6), fast: rng.random_bool(0.3) };
+            let flags =
+                ZeroFlags { may_unmap: rng.random_bool(0.6), fast: rng.random_bool(0.3), sparse: rng.random_bool(0.3) };
             match disk.write_zeroes(range, flags).await {
                 Ok(()) => model.fill(0),
                 Err(e) => assert!(flags.fast && e == cowgate::block::Errno::ENOTSUP, "zero {len} at {at}: {e}"),

@@ -5,6 +5,7 @@
 //! silence; a key that restricts who may use an export, or decides where its writes go, and that is not supported,
 //! refuses that export rather than serving it without the restriction.
 
+use crate::export::image_keys::ImageKeys;
 use crate::export::keyfile::{self, Group, KeyFile};
 use crate::export::problem::{Problem, Severity, printable};
 use crate::export::reader::{At, Reader};
@@ -52,6 +53,8 @@ pub struct ExportConfig {
     pub rotational: bool,
     /// Clients at one time; `None`: no limit.
     pub max_connections: Option<u32>,
+    /// How the image is used.
+    pub image: ImageKeys,
     /// Where it is defined.
     pub source: Source,
 }
@@ -59,11 +62,22 @@ pub struct ExportConfig {
 impl ExportConfig {
     /// Whether both serve the same thing in the same way: everything but the place of the definition.
     pub fn same_service(&self, other: &ExportConfig) -> bool {
-        let ExportConfig { name, path, format, read_only, flush, fua, trim, rotational, max_connections, source: _ } =
-            self;
+        let ExportConfig {
+            name,
+            path,
+            format,
+            read_only,
+            flush,
+            fua,
+            trim,
+            rotational,
+            max_connections,
+            image,
+            source: _,
+        } = self;
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
             && (flush, fua, trim) == (&other.flush, &other.fua, &other.trim)
-            && (rotational, max_connections) == (&other.rotational, &other.max_connections)
+            && (rotational, max_connections, image) == (&other.rotational, &other.max_connections, &other.image)
     }
 }
 
@@ -366,6 +380,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
         trim: None,
         rotational: false,
         max_connections: None,
+        image: ImageKeys::default(),
         source: Source { file: reader.file.to_owned(), line: group.line },
     };
     let mut format = None;
@@ -381,6 +396,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "trim" => config.trim = reader.boolean(at),
             "rotational" => config.rotational = reader.boolean(at).unwrap_or(false),
             "maxconnections" => config.max_connections = max_connections(at, reader),
+            _ if config.image.read(at, reader) => {}
             _ => unsupported(at, reader),
         }
     }
@@ -395,6 +411,10 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
         }
     }
     config.format = format.unwrap_or_else(|| format_by_name(&config.path));
+    let key = |key: &str| group.effective().find(|e| e.key == key).map(|entry| At { group, entry });
+    config.image.check(config.format, key, reader);
+    // a snapshot is never written
+    config.read_only |= config.image.snapshot.is_some();
     let usable = reader.problems[before..].iter().all(|p| p.severity == Severity::Warning);
     usable.then_some(config)
 }
@@ -490,7 +510,9 @@ fn check_virtstyle(at: At<'_>, reader: &mut Reader<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::image_keys::DetectZeroes;
     use crate::export::reader::MAX_PATH_BYTES;
+    use crate::qcow2::compress::Compression;
     use proptest::prelude::*;
 
     const FILE: &str = "/etc/cowgate/config";
@@ -530,6 +552,33 @@ mod tests {
         assert_eq!((disk.flush, disk.fua, disk.trim), (Some(false), Some(true), Some(true)));
         assert_eq!((disk.read_only, disk.rotational, disk.max_connections), (true, true, Some(4)));
         assert_eq!(disk.source, Source { file: FILE.into(), line: 10 });
+    }
+
+    #[test]
+    fn how_the_image_is_used() {
+        let parsed = included(
+            "[a]\nexportname=/a.qcow2\ncompress = zstd\ndetectzeroes = unmap\nl2cache = 16M\n\
+             [b]\nexportname=/b.qcow2\nsnapshot = before update\n",
+        );
+        assert_eq!(found(&parsed), [] as [&str; 0]);
+        let (a, b) = (&parsed.exports[0], &parsed.exports[1]);
+        assert_eq!((a.image.compress, a.image.detect_zeroes), (Some(Compression::Zstd), DetectZeroes::Unmap));
+        assert_eq!((a.image.cache_bytes, a.read_only), (Some(16 << 20), false));
+        assert_eq!((b.image.snapshot.as_deref(), b.read_only), (Some("before update"), true));
+        let parsed = included(
+            "[a]\nexportname=/a.qcow2\ncompress=lzo\ndetectzeroes=true\nl2cache=1K\nsnapshot=\n\
+             [b]\nexportname=/b\ncompress=zlib\nsnapshot=x\nl2cache=1M\ndetectzeroes=on\n",
+        );
+        let expected = [
+            "3 error compress",
+            "4 error detectzeroes",
+            "5 error l2cache",
+            "6 error snapshot",
+            "9 error compress",
+            "10 error snapshot",
+            "11 warning l2cache",
+        ];
+        assert_eq!(found(&parsed), expected);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry).
 
 pub mod config;
+pub mod image_keys;
 pub mod keyfile;
 pub mod load;
 pub mod plan;
 pub mod problem;
 mod reader;
 pub mod registry;
+mod write;

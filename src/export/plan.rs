@@ -91,6 +91,7 @@ mod tests {
             trim: None,
             rotational: false,
             max_connections: None,
+            image: Default::default(),
             source: Source { file: file.into(), line: 1 },
         }
     }

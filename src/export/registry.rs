@@ -6,8 +6,9 @@
 
 use super::config::ExportConfig;
 use super::plan::Plan;
+use super::write;
 use crate::block::{BlockDev, Completion, Errno, Geometry, Op, Request};
-use crate::image::{self, Disk, FileId, Gate, Image, Opener};
+use crate::image::{self, Disk, FileId, Gate, Image, OpenOptions, Opener};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -89,8 +90,15 @@ struct Images {
 
 struct Table {
     /// The inner lock serialises opening one image; it is an async one because opening reads the file.
-    slots: HashMap<FileId, Arc<tokio::sync::Mutex<Weak<Image>>>>,
+    slots: HashMap<FileId, Arc<tokio::sync::Mutex<Slot>>>,
     sweep_at: usize,
+}
+
+/// What is open of one file: the disk as it is, and internal snapshots of it, which keep that one open.
+#[derive(Default)]
+struct Slot {
+    active: Weak<Image>,
+    snapshots: HashMap<String, Weak<Image>>,
 }
 
 thread_local! {
@@ -169,7 +177,10 @@ impl Export {
         let failed = |source| AttachError::Image { name: self.config.name.clone(), source };
         let size = match self.images.open_now(&self.config).map_err(failed)? {
             Ok(image) => image.size(),
-            Err(opener) => opener.virtual_size(self.config.format).await.map_err(failed)?,
+            Err(opener) => {
+                let snapshot = self.config.image.snapshot.as_deref();
+                opener.virtual_size(self.config.format, snapshot).await.map_err(failed)?
+            }
         };
         Ok(Disk::geometry_for(size, !self.config.read_only))
     }
@@ -187,6 +198,7 @@ impl Export {
 
     async fn open(&self) -> Result<(Rc<Disk>, Option<Writer>), image::Error> {
         let image = self.images.open(&self.config).await?;
+        check_compression(&image, &self.config)?;
         let writer = match self.config.read_only {
             true => None,
             false => {
@@ -220,7 +232,7 @@ impl Export {
                 (done.result, done.buf) = (result, Some(buf));
             }
             Op::Write(buf) => {
-                let (result, buf) = disk.write(range.start(), buf).await;
+                let (result, buf) = write::write(disk, &self.config.image, range.start(), buf).await;
                 (done.result, done.buf) = (result, Some(buf));
             }
             Op::WriteZeroes(flags) => done.result = disk.write_zeroes(range, flags).await,
@@ -237,6 +249,16 @@ impl Export {
             done.result = disk.flush().await;
         }
         done
+    }
+}
+
+/// All compressed clusters of an image are packed in one way: the export cannot choose another.
+fn check_compression(image: &Image, config: &ExportConfig) -> Result<(), image::Error> {
+    match (config.image.compress, image.compression()) {
+        (Some(wanted), can) if can != Some(wanted) => {
+            Err(image::Error::Compression { path: config.path.clone(), wanted, can })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -315,7 +337,7 @@ impl Images {
     fn open_now(&self, config: &ExportConfig) -> Result<Result<Arc<Image>, Opener>, image::Error> {
         let opener = Opener::new(&config.path)?;
         let slot = locked(&self.table).slots.get(&opener.id()).cloned();
-        let open = slot.and_then(|slot| slot.try_lock().ok().and_then(|image| image.upgrade()));
+        let open = slot.and_then(|slot| slot.try_lock().ok().and_then(|slot| slot.get(&config.image.snapshot)));
         Ok(open.filter(|image| image.format() == config.format).ok_or(opener))
     }
 
@@ -324,29 +346,58 @@ impl Images {
         let opener = Opener::new(&config.path)?;
         let slot = self.slot(opener.id());
         let mut slot = slot.lock().await;
-        if let Some(image) = slot.upgrade() {
-            if image.format() != config.format {
-                let (served, wanted) = (image.format(), config.format);
-                return Err(image::Error::TwoFormats { path: config.path.clone(), served, wanted });
-            }
+        if let Some(image) = slot.get(&config.image.snapshot) {
+            check_format(&image, config)?;
             return Ok(image);
         }
-        let image = Arc::new(opener.open(config.format, &self.gate).await?);
-        *slot = Arc::downgrade(&image);
-        info!("{}: opened, {} bytes, {} layers", image.path().display(), image.size(), image.layers().len());
+        let active = match slot.active.upgrade() {
+            Some(active) => active,
+            None => {
+                let options = OpenOptions { format: config.format, cache_bytes: config.image.cache_bytes };
+                let image = Arc::new(opener.open(options, &self.gate).await?);
+                slot.active = Arc::downgrade(&image);
+                info!("{}: opened, {} bytes, {} layers", image.path().display(), image.size(), image.layers().len());
+                image
+            }
+        };
+        check_format(&active, config)?;
+        let Some(name) = &config.image.snapshot else { return Ok(active) };
+        let image = Arc::new(active.snapshot(name).await?);
+        slot.snapshots.retain(|_, image| image.strong_count() > 0);
+        slot.snapshots.insert(name.clone(), Arc::downgrade(&image));
+        info!("{}: snapshot {name:?} opened, {} bytes", image.path().display(), image.size());
         Ok(image)
     }
 
-    fn slot(&self, id: FileId) -> Arc<tokio::sync::Mutex<Weak<Image>>> {
+    fn slot(&self, id: FileId) -> Arc<tokio::sync::Mutex<Slot>> {
         let mut table = locked(&self.table);
         if table.slots.len() >= table.sweep_at {
             // nobody can be opening a slot that only the table holds: it is handed out under this lock
             table.slots.retain(|_, slot| {
-                Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|image| image.strong_count() > 0)
+                Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|slot| slot.active.strong_count() > 0)
             });
             table.sweep_at = (table.slots.len() * 2).max(SWEEP_AT);
         }
         Arc::clone(table.slots.entry(id).or_default())
+    }
+}
+
+fn check_format(image: &Image, config: &ExportConfig) -> Result<(), image::Error> {
+    match image.format() == config.format {
+        true => Ok(()),
+        false => {
+            let (served, wanted) = (image.format(), config.format);
+            Err(image::Error::TwoFormats { path: config.path.clone(), served, wanted })
+        }
+    }
+}
+
+impl Slot {
+    fn get(&self, snapshot: &Option<String>) -> Option<Arc<Image>> {
+        match snapshot {
+            None => self.active.upgrade(),
+            Some(name) => self.snapshots.get(name)?.upgrade(),
+        }
     }
 }
 

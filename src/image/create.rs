@@ -95,5 +95,5 @@ fn put_in_place(temporary: &Path, path: &Path, dir: &Path, replace: bool) -> io:
 /// Virtual size in bytes of a backing file.
 fn size_of(path: &Path, format: Format) -> Result<u64, Error> {
     let opener = super::Opener::new(path)?;
-    ring::run(opener.virtual_size(format)).map_err(Error::io(path, "start reading it"))?
+    ring::run(opener.virtual_size(format, None)).map_err(Error::io(path, "start reading it"))?
 }

@@ -59,7 +59,7 @@ struct Piece {
 
 /// Keeps host clusters of the exported layer from being reused while an operation may touch them.
 #[must_use = "dropping it says that the operation is over"]
-struct Operation<'a> {
+pub(super) struct Operation<'a> {
     disk: &'a Disk,
     token: u64,
 }
@@ -135,7 +135,7 @@ impl Disk {
         self.image.format() == Format::Raw
     }
 
-    fn operation(&self) -> Option<Operation<'_>> {
+    pub(super) fn operation(&self) -> Option<Operation<'_>> {
         if self.is_raw() {
             return None;
         }
@@ -327,7 +327,7 @@ impl Disk {
         (jobs, Ok(None))
     }
 
-    async fn write_qcow2(&self, at: GuestOffset, mut rest: PageBuf) -> (Result<(), Errno>, PageBuf) {
+    pub(super) async fn write_qcow2(&self, at: GuestOffset, mut rest: PageBuf) -> (Result<(), Errno>, PageBuf) {
         if let Err(e) = self.make_room().await {
             return (Err(e), rest);
         }
@@ -374,7 +374,7 @@ impl Disk {
     }
 
     /// Commits or aborts an allocation and lets those who wait for it go on.
-    fn finish(&self, allocation: Allocation, result: Result<(), Errno>) {
+    pub(super) fn finish(&self, allocation: Allocation, result: Result<(), Errno>) {
         {
             let mut md = self.metadata();
             match result {
@@ -501,12 +501,12 @@ impl Disk {
         let first = range.start().0.next_multiple_of(cluster).min(end);
         let last = if end == self.image.size() { end } else { (end / cluster * cluster).max(first) };
         let clusters = ByteRange::between(first, last);
-        let unmap = ZeroFlags { may_unmap: true, fast: false };
+        let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
         match (data.raw, mode) {
             (true, ZeroMode::Unmap) => raw::write_zeroes(file, range, unmap).await,
-            (true, ZeroMode::Provision) => raw::write_zeroes(file, range, ZeroFlags::default()).await,
+            (true, ZeroMode::Provision | ZeroMode::Keep) => raw::write_zeroes(file, range, ZeroFlags::default()).await,
             (true, ZeroMode::Discard | ZeroMode::Expose) => raw::write_zeroes(file, clusters, unmap).await,
-            (false, ZeroMode::Provision) => Ok(()),
+            (false, ZeroMode::Provision | ZeroMode::Keep) => Ok(()),
             (false, _) => raw::discard(file, clusters).await,
         }
     }
@@ -546,7 +546,7 @@ impl Disk {
 
     /// Waits for a write-back when more metadata waits in memory than may: a client that writes all over a huge disk
     /// makes it faster than it can be written.
-    async fn make_room(&self) -> Result<(), Errno> {
+    pub(super) async fn make_room(&self) -> Result<(), Errno> {
         if self.metadata().overfull() {
             self.flush_image().await?;
         }
@@ -554,7 +554,7 @@ impl Disk {
     }
 
     /// Starts a write-back when much waits in memory, so that a flush later is short and memory stays bounded.
-    fn start_writeback(&self) {
+    pub(super) fn start_writeback(&self) {
         if self.writing_back.get() || !self.metadata().wants_writeback() {
             return;
         }
@@ -606,6 +606,13 @@ impl BlockDev for Disk {
         }
     }
 
+    async fn write_compressed(&self, at: GuestOffset, buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
+        match self.is_raw() {
+            true => self.write(at, buf).await,
+            false => self.write_packed(at, buf).await,
+        }
+    }
+
     async fn write_zeroes(&self, r: ByteRange, f: ZeroFlags) -> Result<(), Errno> {
         if self.is_raw() {
             return raw::write_zeroes(&self.files[0], r, f).await;
@@ -613,7 +620,12 @@ impl BlockDev for Disk {
         if f.fast && !self.zeroes_fast(r).await? {
             return Err(Errno::ENOTSUP);
         }
-        self.zero_qcow2(r, if f.may_unmap { ZeroMode::Unmap } else { ZeroMode::Provision }).await
+        let mode = match f {
+            ZeroFlags { may_unmap: true, .. } => ZeroMode::Unmap,
+            ZeroFlags { sparse: true, .. } => ZeroMode::Keep,
+            _ => ZeroMode::Provision,
+        };
+        self.zero_qcow2(r, mode).await
     }
 
     async fn discard(&self, r: ByteRange) -> Result<(), Errno> {

@@ -2,6 +2,7 @@
 
 use super::Format;
 use crate::qcow2::HeaderError;
+use crate::qcow2::compress::Compression;
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -101,6 +102,20 @@ pub enum Error {
         lock: &'static str,
         /// What to do.
         remedy: &'static str,
+    },
+    /// The export asks for a way of compressing that the image does not have.
+    #[error(
+        "{}: `compress = {}`, but {}", path.display(), wanted.name(),
+        can.map_or("an image with an external data file cannot hold compressed clusters; remove the key".to_owned(),
+            |can| format!("its header says {0}; write `compress = {0}`, or make the image with that compression type", can.name()))
+    )]
+    Compression {
+        /// The image.
+        path: PathBuf,
+        /// What the export asks for.
+        wanted: Compression,
+        /// What the image holds.
+        can: Option<Compression>,
     },
     /// One file is wanted in two formats at the same time.
     #[error("{}: is being served as {served}, it cannot be served as {wanted} at the same time", path.display())]

@@ -11,12 +11,13 @@ mod flush;
 pub mod info;
 pub mod lock;
 pub mod open;
+mod packing;
 mod raw;
 mod shared;
 
 pub use disk::Disk;
 pub use error::Error;
-pub use open::{Gate, OpenOptions, Opener};
+pub use open::{Gate, MIN_CACHE_BYTES, OpenOptions, Opener};
 pub use shared::{FileId, Image, Layer};
 
 use std::fmt;

@@ -99,6 +99,19 @@ pub(super) struct Parsed {
     pub file_len: u64,
 }
 
+impl Parsed {
+    /// An internal snapshot, by its ID, else by its name.
+    fn snapshot(&self, path: &Path, name: &str) -> Result<&Snapshot, Error> {
+        let find = |key: fn(&Snapshot) -> &str| self.snapshots.iter().find(|s| key(s) == name);
+        find(|s| &s.id).or_else(|| find(|s| &s.name)).ok_or_else(|| {
+            let names: Vec<_> = self.snapshots.iter().map(|s| format!("{:?}", s.name)).collect();
+            let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            let why = format!("the image has no snapshot of this ID or name; it has {known}");
+            Error::Snapshot { path: path.to_owned(), snapshot: name.to_owned(), why }
+        })
+    }
+}
+
 impl Opener {
     /// Opens and identifies a file. Nothing is locked, nothing is read.
     pub fn new(path: &Path) -> Result<Opener, Error> {
@@ -184,11 +197,16 @@ impl Opener {
         Ok(Image::new(layers, id, not_writable))
     }
 
-    /// The size in bytes of the disk in this file, without what the file names. Nothing is locked.
-    pub async fn virtual_size(&self, format: Format) -> Result<u64, Error> {
-        match format {
-            Format::Raw => Ok(self.len),
-            Format::Qcow2 => Ok(self.parse().await?.header.size),
+    /// The size in bytes of the disk in this file, or of an internal snapshot, without what the file names. Nothing is
+    /// locked.
+    pub async fn virtual_size(&self, format: Format, snapshot: Option<&str>) -> Result<u64, Error> {
+        if format == Format::Raw {
+            return Ok(self.len);
+        }
+        let parsed = self.parse().await?;
+        match snapshot {
+            None => Ok(parsed.header.size),
+            Some(name) => Ok(parsed.snapshot(&self.path, name)?.disk_size.unwrap_or(parsed.header.size)),
         }
     }
 
@@ -257,13 +275,7 @@ impl Image {
         let Some(parsed) = &active.parsed else {
             return Err(refuse("a raw image has no snapshots".to_owned()));
         };
-        let found = parsed.snapshots.iter().find(|s| s.id == name).or(parsed.snapshots.iter().find(|s| s.name == name));
-        let Some(found) = found else {
-            let names: Vec<_> = parsed.snapshots.iter().map(|s| format!("{:?}", s.name)).collect();
-            let known =
-                if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) };
-            return Err(refuse(format!("there is no snapshot of this ID or name; {known}")));
-        };
+        let found = parsed.snapshot(&active.path, name)?;
         let mut header = parsed.header.clone();
         header.size = found.disk_size.unwrap_or(header.size);
         header.l1_offset = found.l1_offset;

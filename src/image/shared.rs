@@ -216,6 +216,14 @@ impl Image {
         self.layers[0].size
     }
 
+    /// How the exported layer's compressed clusters are packed; `None` for a raw image and for one that can hold none.
+    pub fn compression(&self) -> Option<Compression> {
+        match &self.layers[0].content {
+            Content::Qcow2 { compression, .. } if self.layers[0].data.is_none() => Some(*compression),
+            _ => None,
+        }
+    }
+
     /// Counts a writer in; the first takes the write lock. Each success is paired with [`Image::writer_left`].
     pub fn begin_writing(&self) -> Result<(), Error> {
         if let Some(why) = self.not_writable {

@@ -126,7 +126,11 @@ impl Header {
             NBD_CMD_CACHE => (Command::Cache, offered(NBD_FLAG_SEND_CACHE), 0),
             NBD_CMD_WRITE_ZEROES => {
                 let fast = if offered(NBD_FLAG_SEND_FAST_ZERO) { NBD_CMD_FLAG_FAST_ZERO } else { 0 };
-                let how = ZeroFlags { may_unmap: !set(NBD_CMD_FLAG_NO_HOLE), fast: set(NBD_CMD_FLAG_FAST_ZERO) };
+                let how = ZeroFlags {
+                    may_unmap: !set(NBD_CMD_FLAG_NO_HOLE),
+                    sparse: false,
+                    fast: set(NBD_CMD_FLAG_FAST_ZERO),
+                };
                 (Command::WriteZeroes(how), zeroes_known, NBD_CMD_FLAG_NO_HOLE | fast)
             }
             NBD_CMD_BLOCK_STATUS => {
@@ -218,11 +222,11 @@ mod tests {
             (NBD_CMD_FLUSH, 0, Command::Flush),
             (NBD_CMD_TRIM, 0, Command::Trim),
             (NBD_CMD_CACHE, 0, Command::Cache),
-            (NBD_CMD_WRITE_ZEROES, 0, Command::WriteZeroes(ZeroFlags { may_unmap: true, fast: false })),
+            (NBD_CMD_WRITE_ZEROES, 0, Command::WriteZeroes(ZeroFlags { may_unmap: true, ..ZeroFlags::default() })),
             (
                 NBD_CMD_WRITE_ZEROES,
                 NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-                Command::WriteZeroes(ZeroFlags { may_unmap: false, fast: true }),
+                Command::WriteZeroes(ZeroFlags { fast: true, ..ZeroFlags::default() }),
             ),
             (NBD_CMD_BLOCK_STATUS, NBD_CMD_FLAG_REQ_ONE, Command::BlockStatus { one: true }),
         ];

@@ -36,6 +36,8 @@ pub enum Write {
 pub enum ZeroMode {
     /// Give clusters back (NBD write zeroes, holes allowed).
     Unmap,
+    /// Keep the clusters there are, and reserve none.
+    Keep,
     /// Keep or reserve clusters, so that later writes cannot fail for lack of space (NBD NO_HOLE).
     Provision,
     /// Content is no longer needed: whole clusters are given back, the rest stays (NBD trim).
@@ -518,7 +520,7 @@ impl Metadata {
         let unmapped_suffices = match mode {
             ZeroMode::Provision => false,
             ZeroMode::Expose => true,
-            ZeroMode::Unmap | ZeroMode::Discard => self.zero_below(first),
+            ZeroMode::Unmap | ZeroMode::Keep | ZeroMode::Discard => self.zero_below(first),
         };
         if unmapped_suffices && self.l2_table(l1_index)?.is_none() {
             let table_end = (first / layout.l2_entries() + 1) * layout.l2_entries();
@@ -534,10 +536,11 @@ impl Metadata {
             match self.zero_entry(entry, first + count, mode) {
                 ZeroEntry::Keep => {}
                 ZeroEntry::Set(raw) => {
-                    if mode != ZeroMode::Provision {
+                    self.set_entry(slice, at, raw);
+                    let after = self.decode(slice, at, first + count)?;
+                    if after.host() != entry.host() || matches!(entry, Entry::Compressed(_)) {
                         self.free_entry(entry);
                     }
-                    self.set_entry(slice, at, raw);
                 }
                 ZeroEntry::Data if count == 0 => return Ok(Zero::Data(bytes(1))),
                 ZeroEntry::Reserve if count == 0 => return self.reserve(range, slice, at, first, max),
@@ -558,8 +561,8 @@ impl Metadata {
             None => Entry::Unallocated,
         };
         let done = match entry {
-            Entry::Unallocated => self.zero_below(first) && mode == ZeroMode::Unmap,
-            Entry::Zero { host, .. } => host.is_some() || mode == ZeroMode::Unmap,
+            Entry::Unallocated => self.zero_below(first) && mode != ZeroMode::Provision,
+            Entry::Zero { host, .. } => host.is_some() || mode != ZeroMode::Provision,
             Entry::Mixed(_) | Entry::Data { .. } | Entry::Compressed(_) => false,
         };
         if done {
@@ -583,7 +586,7 @@ impl Metadata {
                 | Entry::Zero { host: Some(_), copied: true }
                 | Entry::Mixed(Mixed { host: Some(_), copied: true, .. })
         );
-        let by_flag = !matches!(entry, Entry::Compressed(_)) && (mode == ZeroMode::Unmap || reserved);
+        let by_flag = !matches!(entry, Entry::Compressed(_)) && (mode != ZeroMode::Provision || reserved);
         if !by_flag || !start.is_multiple_of(unit) || whole_end <= start {
             let len = if by_flag { ((start / unit + 1) * unit).min(end) - start } else { part.len() };
             return Ok(Zero::Data(len));
@@ -610,8 +613,9 @@ impl Metadata {
             (ZeroMode::Expose, Entry::Unallocated) => ZeroEntry::Keep,
             (ZeroMode::Expose, _) => ZeroEntry::Set(RawEntry::UNALLOCATED),
             (ZeroMode::Provision, Entry::Zero { host: Some(_), copied: true }) => ZeroEntry::Keep,
+            (ZeroMode::Keep, Entry::Zero { .. }) => ZeroEntry::Keep,
             (
-                ZeroMode::Provision,
+                ZeroMode::Provision | ZeroMode::Keep,
                 Entry::Data { host, copied: true } | Entry::Mixed(Mixed { host: Some(host), copied: true, .. }),
             ) if flag => {
                 match self.check_data_place(host) {

@@ -200,6 +200,7 @@ mod tests {
             trim: switch,
             rotational,
             max_connections: None,
+            image: Default::default(),
             source: Source { file: "/exports.conf".into(), line: 1 },
         }
     }

@@ -20,6 +20,8 @@ pub(super) const READ_PIECE: usize = 256 << 10;
 const READ_AHEAD: usize = 4;
 /// Bytes of a piece of a large write.
 pub(super) const WRITE_PIECE: usize = 1 << 20;
+/// The same where full clusters are compressed: no cluster, however large, is cut in two.
+pub(super) const COMPRESSED_WRITE_PIECE: usize = 2 << 20;
 /// Extents shorter than this are not expected when memory for a status reply is set aside, in bytes.
 const SHORT_EXTENT: usize = 4096;
 /// Memory of one extent on its way through the daemon, in bytes.

@@ -6,7 +6,9 @@
 
 use super::gauge::Permit;
 use super::input::Input;
-use super::perform::{self, PieceWrite, READ_PIECE, WRITE_PIECE, cut, memory_of, status_memory};
+use super::perform::{
+    self, COMPRESSED_WRITE_PIECE, PieceWrite, READ_PIECE, WRITE_PIECE, cut, memory_of, status_memory,
+};
 use super::session::{Session, Ticket};
 use crate::block::{Errno, Op, Request, ZeroFlags};
 use crate::nbd::request::{Command, Header, Violation};
@@ -155,8 +157,12 @@ impl<'a> Reader<'a> {
 
     async fn write(&mut self, header: Header) -> Result<(), End> {
         let len = header.payload_len();
+        let piece = match self.session.export.config().image.compress {
+            None => WRITE_PIECE,
+            Some(_) => COMPRESSED_WRITE_PIECE,
+        };
         // A write that must be durable stays whole: it is to be synced once.
-        if len <= WRITE_PIECE || header.fua() {
+        if len <= piece || header.fua() {
             let permit = self.permit(memory_of(len)).await?;
             let buf = self.payload(len).await?;
             let ticket = Ticket::new(self.session, &header, permit);
@@ -165,7 +171,7 @@ impl<'a> Reader<'a> {
         }
         let ticket = self.ticket(&header, 0).await?;
         let whole = Rc::new(PieceWrite::new(ticket, len));
-        for (offset, len) in cut(header.offset, len, WRITE_PIECE) {
+        for (offset, len) in cut(header.offset, len, piece) {
             if whole.has_failed() {
                 self.skip(len).await?;
                 continue;
