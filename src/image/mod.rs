@@ -12,6 +12,7 @@ pub mod info;
 pub mod lock;
 pub mod open;
 mod packing;
+mod place;
 mod raw;
 mod shared;
 

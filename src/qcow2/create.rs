@@ -1,7 +1,8 @@
 //! The bytes of a new, empty image.
 
-use super::header::{MAGIC, MAX_BACKING_NAME};
-use super::layout::{Layout, MAX_L1_BYTES};
+use super::compress::Compression;
+use super::header::{MAGIC, MAX_BACKING_NAME, autoclear, extension as ext, incompatible};
+use super::layout::{Layout, MAX_L1_BYTES, MIN_EXTENDED_CLUSTER_BITS};
 
 /// What a new image shall be.
 #[derive(Clone, Debug)]
@@ -12,7 +13,60 @@ pub struct NewImage {
     pub size: u64,
     /// Backing file name as it is to be stored, and its format.
     pub backing: Option<(Vec<u8>, String)>,
+    /// How compressed clusters will be packed.
+    pub compression: Compression,
+    /// Whether refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// External data file.
+    pub data_file: Option<DataFile>,
 }
+
+/// The external data file of a new image.
+#[derive(Clone, Debug)]
+pub struct DataFile {
+    /// Its name as it is to be stored.
+    pub name: Vec<u8>,
+    /// It is to be a raw image of the disk by itself at all times; it has to read as zeroes now.
+    pub raw: bool,
+}
+
+impl NewImage {
+    /// An image without anything special. `layout.data_file` follows from [`NewImage::data_file`].
+    pub fn new(layout: Layout, size: u64) -> NewImage {
+        let compression = Compression::Zlib;
+        NewImage { layout, size, backing: None, compression, lazy_refcounts: false, data_file: None }
+    }
+
+    /// Refuses wishes that contradict each other.
+    fn check(&self) -> Result<(), String> {
+        let layout = self.layout;
+        let plain_refcounts = layout.refcount_order == 4;
+        let needs_version_3 = [
+            (layout.extended_l2, "extended L2 entries need"),
+            (!plain_refcounts, "refcounts of a width other than 16 bits need"),
+            (self.lazy_refcounts, "lazy refcounts need"),
+            (self.compression != Compression::Zlib, "compression other than zlib needs"),
+            (self.data_file.is_some(), "an external data file needs"),
+        ];
+        if layout.version < 3
+            && let Some((_, what)) = needs_version_3.iter().find(|(wanted, _)| *wanted)
+        {
+            return Err(format!("{what} compatibility level v3 (1.1)"));
+        }
+        if layout.extended_l2 && layout.cluster_bits < MIN_EXTENDED_CLUSTER_BITS {
+            let least = 1 << MIN_EXTENDED_CLUSTER_BITS;
+            return Err(format!("extended L2 entries need a cluster size of at least {least}"));
+        }
+        let Some(data_file) = &self.data_file else { return Ok(()) };
+        if data_file.raw && self.backing.is_some() {
+            return Err("a raw external data file and a backing file exclude each other".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Bit of `compatible_features`.
+const LAZY_REFCOUNTS: u64 = 1 << 0;
 
 /// Names QEMU also writes, so that an older program can say what it does not know: (type, bit, name).
 const FEATURE_NAMES: [(u8, u8, &str); 8] = [
@@ -31,6 +85,7 @@ const FEATURE_NAMES: [(u8, u8, &str); 8] = [
 ///
 /// `Err` says which wish cannot be met and what is possible.
 pub fn lay_out(new: &NewImage) -> Result<Vec<(u64, Vec<u8>)>, String> {
+    new.check()?;
     let layout = new.layout;
     let cluster = layout.cluster();
     let l1_entries = layout.l1_entries_for(new.size);
@@ -89,13 +144,24 @@ fn header(new: &NewImage, l1_entries: u32, l1_at: u64, reftable_at: u64, tables:
     h.extend(tables.to_be_bytes());
     h.extend([0; 12]); // no snapshots
     if layout.version >= 3 {
-        h.extend([0; 24]); // no feature bits
+        let zstd = new.compression == Compression::Zstd;
+        let raw_data_file = new.data_file.as_ref().is_some_and(|d| d.raw);
+        let flag = |set: bool, bit: u64| if set { bit } else { 0 };
+        let incompatible = flag(new.data_file.is_some(), incompatible::DATA_FILE)
+            | flag(zstd, incompatible::COMPRESSION)
+            | flag(layout.extended_l2, incompatible::EXTENDED_L2);
+        h.extend(incompatible.to_be_bytes());
+        h.extend(flag(new.lazy_refcounts, LAZY_REFCOUNTS).to_be_bytes());
+        h.extend(flag(raw_data_file, autoclear::RAW_DATA_FILE).to_be_bytes());
         h.extend(layout.refcount_order.to_be_bytes());
         h.extend(112u32.to_be_bytes()); // header_length
-        h.extend([0; 8]); // compression_type zlib, padding
+        h.extend([u8::from(zstd), 0, 0, 0, 0, 0, 0, 0]); // compression_type, padding
     }
     if let Some((_, format)) = &new.backing {
-        extension(&mut h, 0xe279_2aca, format.as_bytes());
+        extension(&mut h, ext::BACKING_FORMAT, format.as_bytes());
+    }
+    if let Some(data_file) = &new.data_file {
+        extension(&mut h, ext::DATA_FILE, &data_file.name);
     }
     if layout.version >= 3 {
         let mut names = Vec::new();
@@ -108,10 +174,13 @@ fn header(new: &NewImage, l1_entries: u32, l1_at: u64, reftable_at: u64, tables:
         // 512-byte clusters have no room for both the names and a long backing file name
         let backing_len = new.backing.as_ref().map_or(0, |(name, _)| name.len());
         if h.len() + 8 + names.len() + 8 + backing_len <= layout.cluster() as usize {
-            extension(&mut h, 0x6803_f857, &names);
+            extension(&mut h, ext::FEATURE_NAMES, &names);
         }
     }
-    extension(&mut h, 0, &[]);
+    extension(&mut h, ext::END, &[]);
+    if h.len() > layout.cluster() as usize {
+        return Err(format!("the external data file's name is too long for clusters of {} bytes", layout.cluster()));
+    }
     if let Some((name, _)) = &new.backing {
         let at = h.len();
         if name.is_empty() || name.len() > MAX_BACKING_NAME as usize || at + name.len() > layout.cluster() as usize {

@@ -441,11 +441,8 @@ mod tests {
     use crate::qcow2::create::{NewImage, lay_out};
 
     fn fresh() -> Vec<u8> {
-        let new = NewImage {
-            layout: Layout::plain(3, 16, 4),
-            size: 1 << 30,
-            backing: Some((b"base.qcow2".to_vec(), "qcow2".to_owned())),
-        };
+        let backing = Some((b"base.qcow2".to_vec(), "qcow2".to_owned()));
+        let new = NewImage { backing, ..NewImage::new(Layout::plain(3, 16, 4), 1 << 30) };
         lay_out(&new).unwrap().remove(0).1
     }
 

@@ -121,11 +121,8 @@ mod tests {
     use crate::qcow2::layout::Layout;
 
     fn fresh(backing: Option<&str>) -> Vec<u8> {
-        let new = NewImage {
-            layout: Layout::plain(3, 12, 4),
-            size: 1 << 30,
-            backing: backing.map(|name| (name.as_bytes().to_vec(), "qcow2".to_owned())),
-        };
+        let backing = backing.map(|name| (name.as_bytes().to_vec(), "qcow2".to_owned()));
+        let new = NewImage { backing, ..NewImage::new(Layout::plain(3, 12, 4), 1 << 30) };
         lay_out(&new).unwrap().remove(0).1
     }
 

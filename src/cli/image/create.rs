@@ -1,8 +1,10 @@
 //! `cowgate image create`.
 
+use super::features;
 use crate::cli::size;
 use crate::image::Format;
 use crate::image::create::{CreateOptions, create};
+use crate::qcow2::compress::Compression;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,10 +21,18 @@ pub(in crate::cli) struct Args {
     /// The backing file's format; it is never guessed: qcow2 or raw
     #[arg(long, value_name = "FORMAT", requires = "backing")]
     backing_format: Option<Format>,
-    /// Cluster size in bytes, a power of two from 512 to 2M
-    #[arg(long, value_name = "N", value_parser = size::parse, default_value = "64K")]
-    cluster_size: u64,
-    /// Replace FILE if it exists
+    #[command(flatten)]
+    features: features::FeatureArgs,
+    /// How compressed clusters will be packed: zlib or zstd
+    #[arg(long, value_name = "TYPE", value_parser = features::compression, default_value = "zlib")]
+    compression: Compression,
+    /// Keep the data in this new file of its own, not in FILE. A relative path is relative to FILE's directory
+    #[arg(long, value_name = "FILE")]
+    data_file: Option<PathBuf>,
+    /// The data file stays a raw image of the disk that can be used by itself
+    #[arg(long, requires = "data_file", conflicts_with = "backing")]
+    data_file_raw: bool,
+    /// Replace FILE, and the data file, if they exist
     #[arg(long)]
     force: bool,
 }
@@ -31,8 +41,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
     let options = CreateOptions {
         path: args.file.clone(),
         size: args.size,
-        cluster_size: args.cluster_size,
+        features: args.features.with(args.compression),
         backing: args.backing.clone().zip(args.backing_format),
+        data_file: args.data_file.clone(),
+        data_file_raw: args.data_file_raw,
         force: args.force,
     };
     create(&options).map_err(|e| e.to_string())?;

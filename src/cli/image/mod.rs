@@ -1,6 +1,7 @@
 //! `cowgate image`: makes, examines and changes image files, without a daemon. One file per command.
 
 mod create;
+mod features;
 mod info;
 
 use std::process::ExitCode;

@@ -1,0 +1,82 @@
+//! A new file that appears at its place whole or not at all: written beside it, made durable, then moved there.
+
+use super::Error;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A file under a temporary name, removed when dropped.
+#[must_use = "dropping it removes the file"]
+pub(super) struct NewFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    replace: bool,
+    placed: bool,
+}
+
+impl NewFile {
+    /// Creates the temporary file. Refused when `path` exists and is not to be replaced.
+    pub fn create(path: &Path, replace: bool) -> Result<NewFile, Error> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let refuse = |why: &str| Error::Create { path: path.to_owned(), why: why.to_owned() };
+        if !replace && path.symlink_metadata().is_ok() {
+            return Err(refuse("exists already; give --force to replace it"));
+        }
+        let Some(name) = path.file_name() else { return Err(refuse("is not a file name")) };
+        // file systems allow names of 255 bytes
+        let mut temporary = OsStr::from_bytes(&name.as_bytes()[..name.len().min(200)]).to_owned();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        temporary.push(format!(".new-{}-{number}", std::process::id()));
+        let temporary = dir_of(path).join(temporary);
+        let file = File::options().read(true).write(true).create_new(true).open(&temporary);
+        let file = file.map_err(Error::io(path, "create it"))?;
+        Ok(NewFile { path: path.to_owned(), temporary, file, replace, placed: false })
+    }
+
+    /// The file, to be written.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Makes the file durable and moves it to its place.
+    pub fn put_in_place(mut self) -> Result<PathBuf, Error> {
+        self.place().map_err(Error::io(&self.path, "create it"))?;
+        Ok(self.path.clone())
+    }
+
+    fn place(&mut self) -> std::io::Result<()> {
+        self.file.sync_all()?;
+        if self.replace {
+            std::fs::rename(&self.temporary, &self.path)?;
+        } else {
+            // unlike rename, a hard link never replaces a file that appeared meanwhile
+            std::fs::hard_link(&self.temporary, &self.path)?;
+            std::fs::remove_file(&self.temporary)?;
+        }
+        self.placed = true;
+        File::open(dir_of(&self.path))?.sync_all()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.placed {
+            let _ = std::fs::remove_file(&self.temporary); // nothing more can be done for a leftover
+        }
+    }
+}
+
+/// Where a file that an image names is: a relative name is relative to the image's directory.
+pub(super) fn beside(image: &Path, name: &Path) -> PathBuf {
+    dir_of(image).join(name)
+}
+
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
