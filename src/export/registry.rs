@@ -362,7 +362,7 @@ impl Images {
         };
         check_format(&active, config)?;
         let Some(name) = &config.image.snapshot else { return Ok(active) };
-        let image = Arc::new(active.snapshot(name).await?);
+        let image = Arc::new(active.snapshot(name, config.image.cache_bytes).await?);
         slot.snapshots.retain(|_, image| image.strong_count() > 0);
         slot.snapshots.insert(name.clone(), Arc::downgrade(&image));
         info!("{}: snapshot {name:?} opened, {} bytes", image.path().display(), image.size());

@@ -496,7 +496,13 @@ impl Disk {
     /// A raw one must always read as the disk does; from another one whole clusters are only given back.
     async fn zero_data_file(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
         let (Some(file), Some(data)) = (self.data_file(), &self.image.layers[0].data) else { return Ok(()) };
-        let cluster = self.metadata().layout().cluster();
+        let (cluster, broken) = {
+            let md = self.metadata();
+            (md.layout().cluster(), md.broken().is_some())
+        };
+        if broken {
+            return Err(Errno::EIO);
+        }
         let end = range.end().0;
         let first = range.start().0.next_multiple_of(cluster).min(end);
         let last = if end == self.image.size() { end } else { (end / cluster * cluster).max(first) };

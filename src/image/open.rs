@@ -269,7 +269,9 @@ impl Image {
     }
 
     /// An internal snapshot of this image, found by its ID, else by its name, as an image that can only be read.
-    pub async fn snapshot(self: &Arc<Image>, name: &str) -> Result<Image, Error> {
+    ///
+    /// `cache_bytes`: memory for its cached tables, as for [`OpenOptions`].
+    pub async fn snapshot(self: &Arc<Image>, name: &str, cache_bytes: Option<u64>) -> Result<Image, Error> {
         let active = &self.layers[0];
         let refuse = |why: String| Error::Snapshot { path: active.path.clone(), snapshot: name.to_owned(), why };
         let Some(parsed) = &active.parsed else {
@@ -290,7 +292,7 @@ impl Image {
         let again = |storage: &Storage| storage.again().map_err(Error::io(&active.path, "open it once more"));
         let around = Around {
             backing_size: self.layers.get(1).map_or(0, |below| below.size),
-            cache_bytes: cache_share(None, &parsed.header, 1),
+            cache_bytes: cache_share(cache_bytes, &parsed.header, 1),
             grows_with_zeroes: false,
             top: false,
         };
