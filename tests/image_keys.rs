@@ -263,6 +263,35 @@ fn guest_data_in_a_file_of_its_own() {
 }
 
 #[test]
+fn a_data_file_is_as_long_as_its_disk() {
+    let setup = Setup::new();
+    let dir = setup.dir().display().to_string();
+    let size: u64 = (1 << 20) + 1536;
+    let images = ["off", "on"].map(|extended| {
+        let options = format!("data_file={dir}/{extended}.data,data_file_raw=on,extended_l2={extended}");
+        let image = setup.image(&format!("{extended}.qcow2"), &options, &size.to_string());
+        setup.export(extended, &image, "");
+        // as a raw image from elsewhere is; QEMU makes new ones whole clusters long
+        let data = std::fs::File::options().write(true).open(image.with_file_name(format!("{extended}.data")));
+        data.unwrap().set_len(size).unwrap();
+        image
+    });
+    let daemon = setup.start();
+    for name in ["off", "on"] {
+        let mut io = Command::new("qemu-io");
+        let script = [format!("write -P 3 {} 100", size - 700), format!("write -z {} 300", size - 300)];
+        qemu::run(io.args(["-f", "raw", "-c", &script[0], "-c", &script[1]]).arg(daemon.uri(name)));
+    }
+    let _dir = daemon.stop();
+    for (image, extended) in images.iter().zip(["off", "on"]) {
+        qemu::check(image);
+        let data = image.with_file_name(format!("{extended}.data"));
+        assert_eq!(std::fs::metadata(&data).unwrap().len(), size);
+        qemu::same_content(image, &data);
+    }
+}
+
+#[test]
 fn a_data_file_outside_the_roots_missing_or_in_use_is_refused() {
     let setup = Setup::new();
     let elsewhere = tempfile::tempdir().unwrap();

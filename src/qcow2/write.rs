@@ -400,9 +400,14 @@ impl Metadata {
         let range = range.clip(end);
         let unit = if fill.whole { self.layout.cluster() } else { self.layout.unit() };
         let span_start = range.start().0 / unit * unit;
+        let mut span_end = range.end().0.next_multiple_of(unit);
+        if self.layout.data_file {
+            // the data file is the disk: it does not get longer
+            span_end = span_end.min(self.size.max(range.end().0));
+        }
         Allocation {
             range,
-            span: ByteRange::between(span_start, range.end().0.next_multiple_of(unit)),
+            span: ByteRange::between(span_start, span_end),
             host: HostOffset(cluster_host.0 + (span_start - start)),
             zero_around: fill.zero_around,
             untouched: fill.untouched,
@@ -662,9 +667,10 @@ impl Metadata {
     }
 }
 
-/// The subclusters of the cluster that begins at `start` that lie in `range`, whose borders are borders of subclusters.
+/// The subclusters of the cluster that begins at `start` that lie in `range`, whose borders are borders of subclusters
+/// or the end of the disk.
 fn subclusters(layout: Layout, start: u64, range: ByteRange) -> u32 {
-    let bit = |at: u64| (at.clamp(start, start + layout.cluster()) - start) / layout.unit();
+    let bit = |at: u64| (at.clamp(start, start + layout.cluster()) - start).div_ceil(layout.unit());
     let (from, to) = (bit(range.start().0), bit(range.end().0));
     (((1u64 << to) - 1) & !((1u64 << from) - 1)) as u32
 }
