@@ -446,7 +446,7 @@ impl Disk {
     // ---- zeroing
 
     async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
-        self.zero_data_file(range, mode).await?;
+        let mode = self.zero_data_file(range, mode).await?;
         let mut rest = range;
         let mut decisions = 0;
         while !rest.is_empty() {
@@ -493,9 +493,13 @@ impl Disk {
     }
 
     /// Zeroes a range of the external data file, before the metadata says so: what lies there is the guest's to lose.
-    /// A raw one must always read as the disk does; from another one whole clusters are only given back.
-    async fn zero_data_file(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
-        let (Some(file), Some(data)) = (self.data_file(), &self.image.layers[0].data) else { return Ok(()) };
+    /// Returns what is left for the metadata.
+    ///
+    /// A raw one must read as the disk does at any moment. So its mapping stays: a cluster with the zero flag would
+    /// differ from its bytes in the file from the next write on until that write's metadata is flushed. From another
+    /// one whole clusters are only given back.
+    async fn zero_data_file(&self, range: ByteRange, mode: ZeroMode) -> Result<ZeroMode, Errno> {
+        let (Some(file), Some(data)) = (self.data_file(), &self.image.layers[0].data) else { return Ok(mode) };
         let (cluster, broken) = {
             let md = self.metadata();
             (md.layout().cluster(), md.broken().is_some())
@@ -509,12 +513,15 @@ impl Disk {
         let clusters = ByteRange::between(first, last);
         let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
         match (data.raw, mode) {
-            (true, ZeroMode::Unmap) => raw::write_zeroes(file, range, unmap).await,
-            (true, ZeroMode::Provision | ZeroMode::Keep) => raw::write_zeroes(file, range, ZeroFlags::default()).await,
-            (true, ZeroMode::Discard | ZeroMode::Expose) => raw::write_zeroes(file, clusters, unmap).await,
-            (false, ZeroMode::Provision | ZeroMode::Keep) => Ok(()),
-            (false, _) => raw::discard(file, clusters).await,
+            (true, ZeroMode::Unmap) => raw::write_zeroes(file, range, unmap).await?,
+            (true, ZeroMode::Discard | ZeroMode::Expose) => raw::write_zeroes(file, clusters, unmap).await?,
+            (true, ZeroMode::Provision | ZeroMode::Keep | ZeroMode::InPlace) => {
+                raw::write_zeroes(file, range, ZeroFlags::default()).await?;
+            }
+            (false, ZeroMode::Provision | ZeroMode::Keep | ZeroMode::InPlace) => {}
+            (false, _) => raw::discard(file, clusters).await?,
         }
+        Ok(if data.raw { ZeroMode::InPlace } else { mode })
     }
 
     async fn write_zero_bytes(&self, range: ByteRange) -> Result<(), Errno> {

@@ -44,6 +44,8 @@ pub enum ZeroMode {
     Discard,
     /// Whole clusters become unallocated, so that the backing file shows through; the rest stays.
     Expose,
+    /// The bytes were zeroed where a raw external data file has them: whatever leads there, or nowhere, stays.
+    InPlace,
 }
 
 /// Answer to [`Metadata::begin_zero`]; each speaks about the first part of the range.
@@ -506,6 +508,9 @@ impl Metadata {
         if self.check_writable()? {
             return Ok(Zero::Prepare);
         }
+        if mode == ZeroMode::InPlace {
+            return Ok(Zero::Done(range.len()));
+        }
         let layout = self.layout;
         let bits = layout.cluster_bits;
         let first = range.start().0 >> bits;
@@ -524,7 +529,7 @@ impl Metadata {
         let l1_index = (first / layout.l2_entries()) as usize;
         let unmapped_suffices = match mode {
             ZeroMode::Provision => false,
-            ZeroMode::Expose => true,
+            ZeroMode::Expose | ZeroMode::InPlace => true,
             ZeroMode::Unmap | ZeroMode::Keep | ZeroMode::Discard => self.zero_below(first),
         };
         if unmapped_suffices && self.l2_table(l1_index)?.is_none() {
@@ -558,7 +563,7 @@ impl Metadata {
 
     /// Part of a cluster: nothing to do where it reads as zeroes already, else the bytes are written.
     fn zero_part(&mut self, part: ByteRange, first: u64, mode: ZeroMode) -> Result<Zero, Stop> {
-        if matches!(mode, ZeroMode::Discard | ZeroMode::Expose) {
+        if matches!(mode, ZeroMode::Discard | ZeroMode::Expose | ZeroMode::InPlace) {
             return Ok(Zero::Done(part.len()));
         }
         let entry = match self.l2_slice(first)? {
@@ -615,7 +620,7 @@ impl Metadata {
         let zero_below = self.zero_below(guest_cluster);
         let flag = self.layout.version >= 3;
         match (mode, entry) {
-            (ZeroMode::Expose, Entry::Unallocated) => ZeroEntry::Keep,
+            (ZeroMode::InPlace, _) | (ZeroMode::Expose, Entry::Unallocated) => ZeroEntry::Keep,
             (ZeroMode::Expose, _) => ZeroEntry::Set(RawEntry::UNALLOCATED),
             (ZeroMode::Provision, Entry::Zero { host: Some(_), copied: true }) => ZeroEntry::Keep,
             (ZeroMode::Keep, Entry::Zero { .. }) => ZeroEntry::Keep,

@@ -33,6 +33,11 @@ impl Setup {
     pub fn new() -> Setup {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         fs::create_dir(dir.path().join("conf.d")).unwrap();
+        Setup::again(dir)
+    }
+
+    /// What an earlier daemon left in its directory, for the next one.
+    pub fn again(dir: Arc<TempDir>) -> Setup {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         Setup { dir, port, generic: String::new() }
     }

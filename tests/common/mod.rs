@@ -2,6 +2,8 @@
 #![allow(dead_code)] // each test program uses its own part of this
 
 pub mod daemon;
+pub mod features;
+pub mod operations;
 pub mod parts;
 pub mod qemu;
 pub mod root;
