@@ -328,7 +328,8 @@ impl Disk {
     }
 
     pub(super) async fn write_qcow2(&self, at: GuestOffset, mut rest: PageBuf) -> (Result<(), Errno>, PageBuf) {
-        if let Err(e) = self.make_room().await {
+        let range = ByteRange::between(at.0, at.0 + rest.len() as u64);
+        if let Err(e) = self.note_change(range).await.and(self.make_room().await) {
             return (Err(e), rest);
         }
         let _operation = self.operation();
@@ -446,6 +447,7 @@ impl Disk {
     // ---- zeroing
 
     async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
+        self.note_change(range).await?;
         let mode = self.zero_data_file(range, mode).await?;
         let mut rest = range;
         let mut decisions = 0;

@@ -83,6 +83,14 @@ pub enum Error {
         /// Why it is refused, and what to do.
         why: String,
     },
+    /// The bitmaps cannot be listed or changed like that.
+    #[error("{}: {why}", path.display())]
+    Bitmaps {
+        /// The image.
+        path: PathBuf,
+        /// Why, and what to do.
+        why: String,
+    },
     /// An internal snapshot that cannot be opened.
     #[error("{}: snapshot {snapshot:?}: {why}", path.display())]
     Snapshot {

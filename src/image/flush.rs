@@ -79,7 +79,17 @@ impl Disk {
     /// Flushes until no cluster is leaked on disk either: what a quiet image should look like.
     ///
     /// Gives up on that after a few rounds when other clients keep using the image; it is durable all the same.
+    ///
+    /// The bitmaps are stored too: from then on they can be used, until the next write.
     pub async fn settle(&self) -> Result<(), Errno> {
+        self.flush_until_clean().await?;
+        if self.store_bitmaps().await {
+            self.flush_until_clean().await?;
+        }
+        Ok(())
+    }
+
+    async fn flush_until_clean(&self) -> Result<(), Errno> {
         for _ in 0..4 {
             self.flush_image().await?;
             if self.image().layers[0].metadata().is_none_or(|md| md.is_clean()) {
@@ -143,7 +153,7 @@ impl Disk {
         }
     }
 
-    async fn write_pieces(&self, pieces: &[(HostOffset, Vec<u8>)]) -> Result<(), Errno> {
+    pub(super) async fn write_pieces(&self, pieces: &[(HostOffset, Vec<u8>)]) -> Result<(), Errno> {
         let mut result = Ok(());
         let small: Vec<_> = pieces
             .iter()
@@ -162,7 +172,7 @@ impl Disk {
         result
     }
 
-    async fn barrier(&self) -> Result<(), Errno> {
+    pub(super) async fn barrier(&self) -> Result<(), Errno> {
         let data = match self.data_file() {
             Some(data) => data.sync().await,
             None => Ok(()),

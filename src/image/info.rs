@@ -1,5 +1,6 @@
 //! `cowgate image info`: what an image says about itself, without opening what it names.
 
+use super::bitmap_edit::{BitmapInfo, listed};
 use super::open::Opener;
 use super::{Error, Format};
 use crate::qcow2::header::MAGIC;
@@ -73,6 +74,12 @@ pub struct Qcow2Info {
     pub compression_type: &'static str,
     /// Lazy refcounts may be used.
     pub lazy_refcounts: bool,
+    /// Persistent dirty bitmaps.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<BitmapInfo>,
+    /// Why the bitmaps cannot be listed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bitmaps_error: Option<String>,
     /// Refcount width in bits.
     pub refcount_bits: u32,
     /// Marked corrupt.
@@ -116,7 +123,16 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<ImageInfo, Error> {
     if format == Format::Raw {
         return Ok(info);
     }
-    let parsed = ring::run(opener.parse()).map_err(Error::io(path, "start reading it"))??;
+    let read = async {
+        let parsed = opener.parse().await?;
+        let bitmaps = listed(&opener, &parsed.header).await;
+        Ok((parsed, bitmaps))
+    };
+    let (parsed, bitmaps) = ring::run(read).map_err(Error::io(path, "start reading it"))??;
+    let (bitmaps, bitmaps_error) = match bitmaps {
+        Ok(bitmaps) => (bitmaps, None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
     let header = parsed.header;
     let raw_data_file = header.raw_data_file();
     info.virtual_size = header.size;
@@ -133,6 +149,8 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<ImageInfo, Error> {
         compat: if header.layout.version == 2 { "0.10" } else { "1.1" },
         compression_type: header.compression.name(),
         lazy_refcounts: header.lazy_refcounts,
+        bitmaps,
+        bitmaps_error,
         refcount_bits: 1 << header.layout.refcount_order,
         corrupt: header.corrupt,
         extended_l2: header.layout.extended_l2,

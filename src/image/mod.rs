@@ -4,6 +4,8 @@
 //! its own file descriptors on its own ring. [`open`] walks the backing chain behind its gate, [`create`] makes new
 //! images, [`info`] describes one.
 
+pub mod bitmap_edit;
+mod bitmaps;
 pub mod create;
 mod disk;
 mod error;

@@ -3,6 +3,7 @@
 //! What an image names is opened only if it lies below the image roots, judged by where the opened file really is, not
 //! by how it was spelled; its format is the one the overlay's header declares.
 
+use super::bitmaps;
 use super::lock;
 use super::shared::{Content, DataFile, FileId, Image, Layer, Storage, locked};
 use super::{Error, Format};
@@ -210,7 +211,7 @@ impl Opener {
         }
     }
 
-    fn ring_file(&self) -> Result<ring::File, Error> {
+    pub(super) fn ring_file(&self) -> Result<ring::File, Error> {
         Ok(ring::File::from_std(self.file.try_clone().map_err(Error::io(&self.path, "open it once more"))?))
     }
 
@@ -313,7 +314,7 @@ struct Around {
 }
 
 fn raw_layer(path: PathBuf, storage: Storage, size: u64) -> Layer {
-    Layer { path, storage, size, content: Content::Raw, data: None, parsed: None }
+    Layer { path, storage, size, content: Content::Raw, data: None, bitmaps: None, parsed: None }
 }
 
 /// One layer's part of an image's memory for cached tables: an equal one, and no more than all its tables take.
@@ -416,12 +417,17 @@ async fn qcow2_layer(
     {
         tracing::error!("{}: {corrupt}; the image is served but not written", path.display());
     }
+    let bitmaps = match around.top {
+        true => bitmaps::load(&file, &path, header, *file_len, &mut metadata).await,
+        false => None,
+    };
     Ok(Layer {
         path,
         storage,
         size: header.size,
         content: Content::Qcow2 { metadata: Box::new(Mutex::new(metadata)), compression: header.compression },
         data,
+        bitmaps,
         parsed: Some(parsed),
     })
 }

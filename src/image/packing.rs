@@ -120,6 +120,8 @@ impl Disk {
     /// Stores packed bytes (whole sectors) as the guest cluster that begins at `at`. `Ok(false)`: the image has no place
     /// for compressed data there.
     pub(super) async fn store_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool, Errno> {
+        let cluster = self.metadata().layout().cluster();
+        self.note_change(ByteRange::between(at.0, (at.0 + cluster).min(self.image().size()))).await?;
         self.make_room().await?;
         let _operation = self.operation();
         loop {

@@ -1,5 +1,6 @@
 //! What all threads share of one image.
 
+use super::bitmaps::Bitmaps;
 use super::flush::FlushState;
 use super::lock::{self, Refused};
 use super::open::Parsed;
@@ -56,6 +57,8 @@ pub struct Layer {
     pub(super) content: Content,
     /// Where its guest data is, when that is not the image file.
     pub(super) data: Option<DataFile>,
+    /// Its bitmaps, when it is the exported layer and has some that can be kept.
+    pub(super) bitmaps: Option<Bitmaps>,
     /// What its image header says; `None` for a raw layer.
     pub(super) parsed: Option<Parsed>,
 }

@@ -1,5 +1,6 @@
 //! `cowgate image info`.
 
+use super::bitmap::describe as describe_bitmap;
 use crate::cli::progress::print_json;
 use crate::cli::{say, size};
 use crate::image::Format;
@@ -62,6 +63,12 @@ fn describe(info: &ImageInfo) -> String {
         line("compression type", qcow2.compression_type.into());
         line("lazy refcounts", qcow2.lazy_refcounts.to_string());
         line("refcount bits", qcow2.refcount_bits.to_string());
+        for bitmap in &qcow2.bitmaps {
+            line("bitmap", describe_bitmap(bitmap));
+        }
+        if let Some(why) = &qcow2.bitmaps_error {
+            line("bitmaps", why.clone());
+        }
         line("corrupt", qcow2.corrupt.to_string());
         line("extended l2", qcow2.extended_l2.to_string());
         if let Some(name) = &qcow2.data_file {
