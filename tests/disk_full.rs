@@ -7,6 +7,7 @@ use common::daemon::{Daemon, Setup};
 use common::qemu;
 use common::root::{self, Mount};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Size of the image's disk: more than the file system holds.
 const SIZE: &str = "96M";
@@ -23,14 +24,14 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(mount: Mount, options: &str) -> Scene {
+    fn new(mount: Mount, options: &str, export: &str) -> Scene {
         let setup = Setup::new();
         let (image, ballast) = (mount.path().join("full.qcow2"), mount.path().join("ballast"));
         let created = setup.image("created.qcow2", options, SIZE);
         std::fs::copy(&created, &image).unwrap();
         let other = setup.image("other.qcow2", "", SIZE);
         std::fs::write(&ballast, vec![1; BALLAST]).unwrap();
-        setup.export("full", &image, "");
+        setup.export("full", &image, export);
         setup.export("other", &other, "");
         Scene { daemon: setup.start(), image, other, ballast, _mount: mount }
     }
@@ -70,8 +71,8 @@ impl Scene {
 }
 
 /// One client writes until there is no space, and goes on when there is.
-fn goes_on_when_there_is_space(mount: Mount, options: &str) {
-    let scene = Scene::new(mount, options);
+fn goes_on_when_there_is_space(mount: Mount, options: &str, export: &str) {
+    let scene = Scene::new(mount, options, export);
     scene.python(
         r#"
 for at in range(1000, 8 << 20, STEP):
@@ -112,7 +113,7 @@ h.shutdown()
 
 /// A client that vanishes on a full disk loses nothing that it was told is written: the flush for it waits for space.
 fn a_client_leaves_on_a_full_disk(mount: Mount, options: &str) {
-    let scene = Scene::new(mount, options);
+    let scene = Scene::new(mount, options, "");
     scene.python(
         r#"
 for at in range(1000, 8 << 20, STEP):
@@ -145,7 +146,7 @@ save()
 /// Data has space and the tables that lead to it do not: the flush says so, and a later one makes up for it.
 fn a_flush_finds_no_space(mount: Mount) {
     // the first tables of an empty image lie in clusters that have no storage yet
-    let scene = Scene::new(mount, "cluster_size=65536");
+    let scene = Scene::new(mount, "cluster_size=65536", "");
     scene.python(
         r#"
 for at in range(0, 6 << 20, 1 << 16):
@@ -178,24 +179,59 @@ save()
     qemu::same_content(&image, &model);
 }
 
+/// A backup tool writes a disk into an export, fails for lack of space, and is run again when there is space.
+fn a_backup_is_taken_again(options: &str, export: &str) {
+    let scene = Scene::new(Mount::ext4(64), options, export);
+    let source = scene.daemon.dir().join("source.raw");
+    // a quarter of each 4 KiB compresses: compressed or not, it fits without the ballast and not beside it
+    let mut word = 88_172_645_463_325_252u64;
+    let mut disk = vec![1u8; 96 << 20];
+    for block in disk[..40 << 20].chunks_mut(4096) {
+        block[..3072].fill_with(|| {
+            word ^= word << 13;
+            word ^= word >> 7;
+            word ^= word << 17;
+            word as u8
+        });
+    }
+    disk[40 << 20..].fill(0);
+    std::fs::write(&source, disk).unwrap();
+    std::fs::write(&scene.ballast, vec![1; 34 << 20]).unwrap();
+    let copy = || qemu::output(Command::new("nbdcopy").arg(&source).arg(scene.daemon.uri("full")));
+    let first = copy();
+    let said = qemu::text(&first.stderr);
+    assert!(!first.status.success() && said.contains("No space left on device"), "{said}");
+    // what was written before is an image without errors, and other exports are served
+    scene.python("check()");
+    qemu::run(Command::new("nbdcopy").arg(&source).arg(scene.daemon.uri("other")));
+    std::fs::remove_file(&scene.ballast).unwrap();
+    let closed = || scene.daemon.log().matches("full.qcow2: closed").count();
+    let before = closed();
+    let second = copy();
+    assert!(second.status.success(), "{}", qemu::text(&second.stderr));
+    scene.daemon.wait_for("the image to be closed", || closed() > before);
+    std::fs::rename(source, scene.model()).unwrap();
+    scene.end(qemu::check_leaks_allowed);
+}
+
 #[test]
 fn tmpfs_full_and_freed() {
     if root::available("mount a small tmpfs") {
-        goes_on_when_there_is_space(Mount::tmpfs(48), "");
+        goes_on_when_there_is_space(Mount::tmpfs(48), "", "");
     }
 }
 
 #[test]
 fn tmpfs_full_and_freed_with_tiny_clusters() {
     if root::available("mount a small tmpfs") {
-        goes_on_when_there_is_space(Mount::tmpfs(48), "cluster_size=2048");
+        goes_on_when_there_is_space(Mount::tmpfs(48), "cluster_size=2048", "");
     }
 }
 
 #[test]
 fn ext4_full_and_freed() {
     if root::available("mount a small ext4") {
-        goes_on_when_there_is_space(Mount::ext4(64), "");
+        goes_on_when_there_is_space(Mount::ext4(64), "", "");
     }
 }
 
@@ -224,5 +260,40 @@ fn a_flush_finds_no_space_on_tmpfs() {
 fn a_flush_finds_no_space_on_ext4() {
     if root::available("mount a small ext4") {
         a_flush_finds_no_space(Mount::ext4(64));
+    }
+}
+
+#[test]
+fn tmpfs_full_and_freed_with_subclusters() {
+    if root::available("mount a small tmpfs") {
+        goes_on_when_there_is_space(Mount::tmpfs(48), "extended_l2=on", "");
+    }
+}
+
+#[test]
+fn ext4_full_and_freed_with_a_compressed_export() {
+    if root::available("mount a small ext4") {
+        goes_on_when_there_is_space(Mount::ext4(64), "compression_type=zstd", "compress = zstd");
+    }
+}
+
+#[test]
+fn a_backup_on_a_full_ext4_is_taken_again() {
+    if root::available("mount a small ext4") {
+        a_backup_is_taken_again("", "");
+    }
+}
+
+#[test]
+fn a_backup_with_subclusters_is_taken_again() {
+    if root::available("mount a small ext4") {
+        a_backup_is_taken_again("extended_l2=on,cluster_size=16384", "");
+    }
+}
+
+#[test]
+fn a_compressed_backup_is_taken_again() {
+    if root::available("mount a small ext4") {
+        a_backup_is_taken_again("", "compress = zlib");
     }
 }

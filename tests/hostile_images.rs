@@ -208,7 +208,7 @@ fn dirty_and_corrupt_images_are_read_only() {
         patch64(&path, 72, bit);
         let image = Arc::new(open(&path).unwrap());
         let text = image.begin_writing().unwrap_err().to_string();
-        assert!(text.contains(word) && text.contains("qemu-img check"), "{text}");
+        assert!(text.contains(word) && text.contains("cowgate image check"), "{text}");
         let disk_image = Arc::clone(&image);
         ring::run(async move {
             let disk = Disk::open(disk_image, false).unwrap();

@@ -24,7 +24,7 @@ const TASKS: usize = 8;
 #[derive(Clone, Debug)]
 struct Case {
     name: &'static str,
-    /// Options for `qemu-img create -o`.
+    /// Options for `qemu-img create -o`; DIR stands for the image's directory.
     options: &'static str,
     size: u64,
     /// Layers below: `raw`, or options of a QCOW2 image with its size in percent of the overlay's.
@@ -33,6 +33,8 @@ struct Case {
     snapshot: bool,
     /// Start from a compressed image.
     compressed: bool,
+    /// Write full clusters compressed, sometimes.
+    packs: bool,
     /// Operations of each task in each phase.
     ops: usize,
 }
@@ -44,6 +46,7 @@ const PLAIN: Case = Case {
     backing: &[],
     snapshot: false,
     compressed: false,
+    packs: false,
     ops: 120,
 };
 
@@ -92,6 +95,77 @@ fn cases() -> Vec<Case> {
             compressed: true,
             ..PLAIN
         },
+        Case { name: "subclusters-16k", options: "cluster_size=16384,extended_l2=on", size: 9 << 20, ..PLAIN },
+        Case {
+            name: "subclusters-2m",
+            options: "cluster_size=2097152,extended_l2=on",
+            size: 23 << 20,
+            ops: 60,
+            ..PLAIN
+        },
+        Case {
+            name: "subclusters-on-short-raw",
+            options: "cluster_size=65536,extended_l2=on",
+            size: 12 << 20,
+            backing: &[("raw", 37)],
+            ..PLAIN
+        },
+        Case {
+            name: "subclusters-on-subclusters",
+            options: "cluster_size=16384,extended_l2=on",
+            size: 8 << 20,
+            backing: &[("cluster_size=65536,extended_l2=on", 120), ("raw", 60)],
+            ..PLAIN
+        },
+        Case {
+            name: "subclusters-snapshot",
+            options: "cluster_size=65536,extended_l2=on",
+            size: 12 << 20,
+            snapshot: true,
+            ..PLAIN
+        },
+        Case {
+            name: "subclusters-compressed",
+            options: "cluster_size=16384,extended_l2=on",
+            size: 8 << 20,
+            compressed: true,
+            packs: true,
+            ..PLAIN
+        },
+        Case { name: "packs", options: "compression_type=zstd", size: 12 << 20, packs: true, ..PLAIN },
+        Case { name: "packs-512", options: "cluster_size=512", size: 2 << 20, packs: true, ..PLAIN },
+        Case {
+            name: "packs-refcount1",
+            options: "cluster_size=4096,refcount_bits=1",
+            size: 4 << 20,
+            packs: true,
+            compressed: true,
+            ..PLAIN
+        },
+        Case {
+            name: "packs-snapshot",
+            options: "cluster_size=4096",
+            size: 4 << 20,
+            packs: true,
+            compressed: true,
+            snapshot: true,
+            backing: &[],
+            ..PLAIN
+        },
+        Case {
+            name: "data-file",
+            options: "cluster_size=4096,data_file=DIR/data",
+            size: 8 << 20,
+            backing: &[("raw", 70)],
+            ..PLAIN
+        },
+        Case {
+            name: "data-file-subclusters",
+            options: "cluster_size=65536,extended_l2=on,data_file=DIR/data",
+            size: 8 << 20,
+            ..PLAIN
+        },
+        Case { name: "raw-data-file", options: "data_file=DIR/data,data_file_raw=on", size: 8 << 20, ..PLAIN },
         Case { name: "preallocated", options: "cluster_size=65536,preallocation=metadata", size: 8 << 20, ..PLAIN },
     ]
 }
@@ -150,7 +224,8 @@ fn fill_layer(
     rng: &mut SmallRng,
 ) -> Vec<u8> {
     let mut create = std::process::Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-o", options]);
+    let options = options.replace("DIR", &path.parent().expect("a directory").display().to_string());
+    create.args(["create", "-q", "-f", "qcow2", "-o", &options]);
     let mut content = vec![0; size as usize];
     if let Some((backing, format, below)) = below {
         create.arg("-b").arg(backing).args(["-F", format]);
@@ -212,7 +287,7 @@ async fn read(disk: &Disk, at: u64, len: usize) -> PageBuf {
 }
 
 /// One random operation on bytes that belong to the caller.
-async fn operate(disk: &Disk, start: u64, bytes: &mut [u8], rng: &mut SmallRng) {
+async fn operate(disk: &Disk, start: u64, bytes: &mut [u8], packs: bool, rng: &mut SmallRng) {
     let from = rng.random_range(0..bytes.len());
     let longest = bytes.len() - from;
     let len = if rng.random_bool(0.3) { longest } else { rng.random_range(1..=longest) };
@@ -223,7 +298,11 @@ async fn operate(disk: &Disk, start: u64, bytes: &mut [u8], rng: &mut SmallRng) 
         0..30 => assert!(read(disk, at, len).await[..] == *model, "read {len} at {at} differs"),
         30..70 => {
             let data = pattern(rng, len);
-            let (result, back) = disk.write(GuestOffset(at), PageBuf::copy_of(&data)).await;
+            let buf = PageBuf::copy_of(&data);
+            let (result, back) = match packs && rng.random_bool(0.6) {
+                true => disk.write_compressed(GuestOffset(at), buf).await,
+                false => disk.write(GuestOffset(at), buf).await,
+            };
             result.unwrap_or_else(|e| panic!("write {len} at {at}: {e}"));
             assert!(back[..] == data[..], "a write gives its buffer back as it was");
             model.copy_from_slice(&data);
@@ -257,7 +336,7 @@ async fn operate(disk: &Disk, start: u64, bytes: &mut [u8], rng: &mut SmallRng) 
     }
 }
 
-async fn task(disk: std::rc::Rc<Disk>, mut part: Part, seed: u64, ops: usize) -> Part {
+async fn task(disk: std::rc::Rc<Disk>, mut part: Part, seed: u64, packs: bool, ops: usize) -> Part {
     let mut rng = SmallRng::seed_from_u64(seed);
     for _ in 0..ops {
         if part.ranges.is_empty() {
@@ -265,13 +344,20 @@ async fn task(disk: std::rc::Rc<Disk>, mut part: Part, seed: u64, ops: usize) ->
         }
         let i = rng.random_range(0..part.ranges.len());
         let (start, bytes) = &mut part.ranges[i];
-        operate(&disk, *start, bytes, &mut rng).await;
+        operate(&disk, *start, bytes, packs, &mut rng).await;
     }
     part
 }
 
 /// Runs every part as a task of its own, spread over the workers.
-fn all_at_once(workers: &Workers, image: &Arc<Image>, parts: Vec<Part>, seed: u64, ops: usize) -> Vec<Part> {
+fn all_at_once(
+    workers: &Workers,
+    image: &Arc<Image>,
+    parts: Vec<Part>,
+    seed: u64,
+    packs: bool,
+    ops: usize,
+) -> Vec<Part> {
     let (done, finished) = mpsc::channel();
     let count = parts.len();
     for (i, part) in parts.into_iter().enumerate() {
@@ -281,7 +367,7 @@ fn all_at_once(workers: &Workers, image: &Arc<Image>, parts: Vec<Part>, seed: u6
             Box::new(move || {
                 ring::spawn(async move {
                     let disk = Disk::open(image, true).unwrap();
-                    let part = task(disk, part, seed ^ (i as u64) << 32, ops).await;
+                    let part = task(disk, part, seed ^ (i as u64) << 32, packs, ops).await;
                     done.send((i, part)).unwrap();
                 });
             }),
@@ -307,11 +393,11 @@ fn run_case(case: &Case, seed: u64) {
         assert_eq!(image.size(), content.len() as u64);
         image.begin_writing().unwrap();
         let parts = cut(&content, &mut rng);
-        let parts = all_at_once(&workers, &image, parts, seed ^ phase << 16, case.ops);
+        let parts = all_at_once(&workers, &image, parts, seed ^ phase << 16, case.packs, case.ops);
         content = joined(&parts, content.len());
         // one task alone: operations across everything
         let whole = vec![Part { ranges: vec![(0, content)] }];
-        let whole = all_at_once(&workers, &image, whole, seed ^ phase << 17, 12);
+        let whole = all_at_once(&workers, &image, whole, seed ^ phase << 17, case.packs, 12);
         content = joined(&whole, whole[0].ranges[0].1.len());
         let all = content.clone();
         let reader = Arc::clone(&image);
@@ -328,6 +414,9 @@ fn run_case(case: &Case, seed: u64) {
         std::fs::write(&raw, &content).unwrap();
         qemu::check(&path);
         qemu::same_content(&path, &raw);
+        if case.options.contains("data_file_raw") {
+            qemu::qemu_img("compare -f raw -F raw", &[&dir.path().join("data"), &raw]);
+        }
     }
     if let Some(before) = before {
         let raw = dir.path().join("before.raw");
@@ -373,4 +462,9 @@ cases! {
     compressed: "compressed-zlib", "compressed-zstd-4k";
     compressed_snapshot: "compressed-snapshot";
     preallocated: "preallocated";
+    subclusters: "subclusters-16k", "subclusters-2m";
+    subclusters_in_chains: "subclusters-on-short-raw", "subclusters-on-subclusters";
+    subclusters_with_snapshots_and_compressed: "subclusters-snapshot", "subclusters-compressed";
+    compressed_writing: "packs", "packs-512", "packs-refcount1", "packs-snapshot";
+    data_files: "data-file", "data-file-subclusters", "raw-data-file";
 }

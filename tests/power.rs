@@ -207,6 +207,7 @@ fn campaign(subjects: &[Subject], rounds: u64, seed: u64, lie: bool) -> Result<F
         recorder.hear("on").map_err(|e| format!("{e}; the daemon says:\n{}", daemon.log()))?;
         std::thread::sleep(Duration::from_millis(rng.random_range(20..700)));
         let log = daemon.log();
+        healthy(&log, subjects.len()).map_err(|e| format!("round {round}: {e}; the daemon said:\n{log}"))?;
         setup = Setup::again(daemon.kill());
         let dead = recorder.hear("dead").map_err(|e| format!("round {round}: {e}; the daemon said:\n{log}"))?;
         let counts: Vec<u64> = dead.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
@@ -219,6 +220,18 @@ fn campaign(subjects: &[Subject], rounds: u64, seed: u64, lie: bool) -> Result<F
         }
     }
     Ok(figures)
+}
+
+/// The daemon did nothing that it would not do on a good day, up to the moment it was killed.
+fn healthy(log: &str, exports: usize) -> Result<(), String> {
+    if log.contains("panicked") || log.contains("ERROR") {
+        return Err("it complained".to_owned());
+    }
+    // one client compares each export before the load, and none of the others is sent away
+    match log.matches("client left").count() {
+        left if left > exports => Err(format!("{left} clients left instead of {exports}")),
+        _ => Ok(()),
+    }
 }
 
 /// What a crash left of an image.

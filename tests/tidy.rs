@@ -59,7 +59,7 @@ fn the_house_is_tidy() {
         let text = fs::read_to_string(file).expect("source files are UTF-8");
         complaints.extend(check_source(&relative(root, file), &text));
     }
-    for directory in ["src", "tests", "benches", "fuzz", "tools", "man", "kernel-notes"] {
+    for directory in ["src", "tests", "benches", "docs", "fuzz", "tools", "man", "kernel-notes"] {
         for file in files(&root.join(directory)) {
             if let Ok(text) = fs::read_to_string(&file) {
                 complaints.extend(forbidden_words(&relative(root, &file), &text));
@@ -73,6 +73,33 @@ fn the_house_is_tidy() {
     let lib = fs::read_to_string(root.join("src/lib.rs")).expect("src/lib.rs");
     complaints.extend(module_list(&lib));
     assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
+}
+
+#[test]
+fn the_tests_that_documents_name_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut complaints = Complaints::new();
+    for file in files(&root.join("docs")) {
+        let text = fs::read_to_string(&file).expect("documents are UTF-8");
+        let named = named_tests(&text);
+        assert!(!named.is_empty(), "{} names no test", file.display());
+        for (file_name, test) in named {
+            let tests = fs::read_to_string(root.join("tests").join(format!("{file_name}.rs"))).unwrap_or_default();
+            // a function, or an entry of a list that a macro makes functions of
+            if !tests.contains(&format!("fn {test}(")) && !tests.contains(&format!("    {test}: ")) {
+                complaints.push(format!("{}: there is no test {file_name}::{test}", relative(root, &file)));
+            }
+        }
+    }
+    assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
+}
+
+/// What stands between backquotes as `file::test`.
+fn named_tests(text: &str) -> Vec<(&str, &str)> {
+    let is_name =
+        |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter_map(|q| q.split_once("::")).filter(|(file, test)| is_name(file) && is_name(test)).collect()
 }
 
 /// All rules for one file below `src/`.

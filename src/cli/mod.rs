@@ -3,7 +3,6 @@
 //! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
 
 mod image;
-#[allow(dead_code)] // the long commands use it as they come
 mod progress;
 mod serve;
 mod size;
@@ -83,6 +82,28 @@ mod tests {
         );
         assert_eq!(parse("cowgate image create a.qcow2").err(), Some(ErrorKind::MissingRequiredArgument));
         assert_eq!(parse("cowgate image create --size 10X a.qcow2").err(), Some(ErrorKind::ValueValidation));
+        assert!(parse("cowgate image check --repair --json a.qcow2").is_ok());
+        assert!(parse("cowgate image check --repair=leaks a.qcow2").is_ok());
+        assert_eq!(parse("cowgate image check --repair=some a.qcow2").err(), Some(ErrorKind::InvalidValue));
         assert!(parse("cowgate image info --json --format raw a.img").is_ok());
+        assert!(parse("cowgate image map --json --format raw a.img").is_ok());
+        let create = "cowgate image create --size 1G --compat 0.10 --refcount-bits 8 --extended-l2 --lazy-refcounts \
+                      --compression zstd --data-file d --data-file-raw a.qcow2";
+        assert!(parse(create).is_ok());
+        assert_eq!(
+            parse("cowgate image create --size 1G --data-file-raw a.qcow2").err(),
+            Some(ErrorKind::MissingRequiredArgument)
+        );
+        assert_eq!(
+            parse("cowgate image create --backing b --backing-format raw --data-file d --data-file-raw a.qcow2").err(),
+            Some(ErrorKind::ArgumentConflict)
+        );
+        assert!(parse("cowgate image compare --strict --format-a raw --format-b qcow2 -q a b").is_ok());
+        assert_eq!(parse("cowgate image compare a").err(), Some(ErrorKind::MissingRequiredArgument));
+        assert!(parse("cowgate image convert --format raw --compress zstd --cluster-size 2M --force a b").is_ok());
+        assert!(
+            parse("cowgate image convert --source-format qcow2 --snapshot s --output-format raw --json a b").is_ok()
+        );
+        assert_eq!(parse("cowgate image convert --compress lz4 a b").err(), Some(ErrorKind::ValueValidation));
     }
 }

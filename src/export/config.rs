@@ -410,7 +410,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             reader.group(Severity::Error, group, "the export has no exportname", remedy);
         }
     }
-    config.format = format.unwrap_or_else(|| format_by_name(&config.path));
+    config.format = format.unwrap_or_else(|| Format::by_name(&config.path));
     let key = |key: &str| group.effective().find(|e| e.key == key).map(|entry| At { group, entry });
     config.image.check(config.format, key, reader);
     // a snapshot is never written
@@ -437,14 +437,6 @@ fn image_format(at: At<'_>, reader: &mut Reader<'_>) -> Option<Format> {
             reader.key(Severity::Error, at, "this image format is not known", "write qcow2 or raw");
             None
         }
-    }
-}
-
-/// The format of a file without a `format` key. Only its name counts: content is written by guests.
-fn format_by_name(path: &Path) -> Format {
-    match path.extension() {
-        Some(extension) if extension.eq_ignore_ascii_case("qcow2") => Format::Qcow2,
-        _ => Format::Raw,
     }
 }
 

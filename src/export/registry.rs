@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 use thiserror::Error;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// A lock held by somebody else is asked for again this often: `qemu-img` looks at images for moments, and a client
 /// that just left may still be letting go.
@@ -175,14 +175,15 @@ impl Export {
     /// What a client would get, without taking hold of it: nothing is locked, and what the image names is not opened.
     pub async fn describe(&self) -> Result<Geometry, AttachError> {
         let failed = |source| AttachError::Image { name: self.config.name.clone(), source };
-        let size = match self.images.open_now(&self.config).map_err(failed)? {
-            Ok(image) => image.size(),
+        let (size, corrupt) = match self.images.open_now(&self.config).map_err(failed)? {
+            Ok(image) => (image.size(), image.marked_corrupt()),
             Err(opener) => {
                 let snapshot = self.config.image.snapshot.as_deref();
-                opener.virtual_size(self.config.format, snapshot).await.map_err(failed)?
+                let size = opener.virtual_size(self.config.format, snapshot).await.map_err(failed)?;
+                (size, opener.marked_corrupt(self.config.format).await.map_err(failed)?)
             }
         };
-        Ok(Disk::geometry_for(size, !self.config.read_only))
+        Ok(Disk::geometry_for(size, !self.config.read_only && !corrupt))
     }
 
     fn seat(self: &Arc<Self>) -> Result<Seat, AttachError> {
@@ -201,6 +202,14 @@ impl Export {
         check_compression(&image, &self.config)?;
         let writer = match self.config.read_only {
             true => None,
+            false if image.marked_corrupt() => {
+                warn!(
+                    "export {:?}: {}: is marked corrupt and served read-only; see `cowgate image check`",
+                    self.config.name,
+                    image.path().display()
+                );
+                None
+            }
             false => {
                 image.begin_writing()?;
                 Some(Writer(Arc::clone(&image)))
@@ -343,7 +352,7 @@ impl Images {
 
     /// The image of an export, opened if it is not.
     async fn open(&self, config: &ExportConfig) -> Result<Arc<Image>, image::Error> {
-        let opener = Opener::new(&config.path)?;
+        let mut opener = Opener::new(&config.path)?;
         let slot = self.slot(opener.id());
         let mut slot = slot.lock().await;
         if let Some(image) = slot.get(&config.image.snapshot) {
@@ -353,6 +362,9 @@ impl Images {
         let active = match slot.active.upgrade() {
             Some(active) => active,
             None => {
+                if !config.read_only && config.image.snapshot.is_none() {
+                    opener.repair_if_dirty(config.format).await?;
+                }
                 let options = OpenOptions { format: config.format, cache_bytes: config.image.cache_bytes };
                 let image = Arc::new(opener.open(options, &self.gate).await?);
                 slot.active = Arc::downgrade(&image);

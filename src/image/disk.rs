@@ -155,8 +155,8 @@ impl Disk {
 
     // ---- reading
 
-    /// The first run of `range` in a QCOW2 layer.
-    async fn map(&self, layer: usize, range: ByteRange) -> Result<Mapped, Errno> {
+    /// The first run of `range` in a QCOW2 layer, by what that layer says alone.
+    pub(super) async fn map(&self, layer: usize, range: ByteRange) -> Result<Mapped, Errno> {
         loop {
             let progress = self.image.progress.notified();
             let mut progress = std::pin::pin!(progress);
@@ -268,7 +268,7 @@ impl Disk {
 
     /// The runs of a layer's file as (length in bytes, hole): a QCOW2 layer's clusters are data whatever its file holds,
     /// a raw layer's holes are holes.
-    fn file_extents(&self, layer: usize, run: HostRange, most: usize) -> Vec<(u64, bool)> {
+    pub(super) fn file_extents(&self, layer: usize, run: HostRange, most: usize) -> Vec<(u64, bool)> {
         let layer = &self.image.layers[layer];
         match (&layer.content, &layer.storage) {
             (Content::Raw, Storage::File { file, block_device: false }) => raw::holes(file, run, most + 1),
@@ -370,6 +370,11 @@ impl Disk {
             Job::Allocate(allocation, buf) => (allocation, buf),
         };
         let (result, buf) = self.fill_allocation(&allocation, buf).await;
+        if let (Err(_), None, Some(stored)) = (result, self.data_file(), allocation.fresh()) {
+            // nothing refers to these clusters yet, and a full file system needs what was stored there for the tables
+            // of the writes that succeeded
+            let _ = self.file(0).punch(stored).await;
+        }
         self.finish(allocation, result);
         (result, buf)
     }
@@ -446,9 +451,24 @@ impl Disk {
 
     // ---- zeroing
 
-    async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
+    /// Zeroes a range of a QCOW2 image; it may lie behind the size that the image was opened with.
+    pub(super) async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
         self.note_change(range).await?;
         let mode = self.zero_data_file(range, mode).await?;
+        self.zero_metadata(range, mode).await
+    }
+
+    /// Makes whole clusters of a range unallocated, durably. For content that does not change by that, because what
+    /// lies below is the same.
+    pub(super) async fn expose(&self, range: ByteRange) -> Result<(), Errno> {
+        self.zero_metadata(range, ZeroMode::Expose).await?;
+        self.settle().await?;
+        // not before the tables are durable: until then they lead to what the data file holds
+        self.zero_data_file(range, ZeroMode::Expose).await.map(drop)
+    }
+
+    /// Zeroes a range as far as the image file says so; what an external data file holds stays.
+    pub(super) async fn zero_metadata(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
         let mut rest = range;
         let mut decisions = 0;
         while !rest.is_empty() {

@@ -135,6 +135,32 @@ pub enum Error {
         /// The format asked for.
         wanted: Format,
     },
+    /// Reading or writing the disk failed somewhere in the middle.
+    #[error("{}: cannot {action} at byte {at} of the disk: {source}", path.display())]
+    Transfer {
+        /// The image.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Where on the disk.
+        at: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The user ended it.
+    #[error("{}: stopped by a signal; nothing is left behind", path.display())]
+    Stopped {
+        /// What was being made.
+        path: PathBuf,
+    },
+    /// The image is not to be changed this way.
+    #[error("{}: {why}", path.display())]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why, and what to do.
+        why: String,
+    },
     /// A new image cannot be as wished.
     #[error("{}: {why}", path.display())]
     Create {

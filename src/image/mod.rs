@@ -2,20 +2,31 @@
 //!
 //! [`Image`] is what all threads share: the chain, each layer's metadata, the lock. [`Disk`] is one thread's hands:
 //! its own file descriptors on its own ring. [`open`] walks the backing chain behind its gate, [`create`] makes new
-//! images, [`info`] describes one.
+//! images, [`info`] describes one, [`mod@check`] and [`repair`] find and mend errors.
 
 pub mod bitmap_edit;
 mod bitmaps;
+mod change;
+pub mod check;
+pub mod commit;
+pub mod compare;
+pub mod convert;
 pub mod create;
 mod disk;
 mod error;
+pub mod flatten;
 mod flush;
 pub mod info;
 pub mod lock;
+pub mod map;
 pub mod open;
 mod packing;
 mod place;
 mod raw;
+pub mod reading;
+pub mod rebase;
+pub mod repair;
+pub mod resize;
 mod shared;
 
 pub use disk::Disk;
@@ -24,6 +35,7 @@ pub use open::{Gate, MIN_CACHE_BYTES, OpenOptions, Opener};
 pub use shared::{FileId, Image, Layer};
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 /// Told about the progress of a long command: bytes of the disk done, and of all.
@@ -37,6 +49,16 @@ pub enum Format {
     Qcow2,
     /// The bytes of the disk themselves: a file or a block device.
     Raw,
+}
+
+impl Format {
+    /// The format of a file for which none is declared. Only its name counts: content is written by guests.
+    pub fn by_name(path: &Path) -> Format {
+        match path.extension() {
+            Some(extension) if extension.eq_ignore_ascii_case("qcow2") => Format::Qcow2,
+            _ => Format::Raw,
+        }
+    }
 }
 
 impl fmt::Display for Format {

@@ -4,11 +4,12 @@
 //! by how it was spelled; its format is the one the overlay's header declares.
 
 use super::bitmaps;
+use super::check::Subject;
 use super::lock;
 use super::shared::{Content, DataFile, FileId, Image, Layer, Storage, locked};
 use super::{Error, Format};
 use crate::pagebuf::PageBuf;
-use crate::qcow2::header::{PEEK_BYTES, autoclear};
+use crate::qcow2::header::{MAGIC, PEEK_BYTES, autoclear};
 use crate::qcow2::metadata::Surroundings;
 use crate::qcow2::snapshot::{self, Snapshot};
 use crate::qcow2::{Header, Metadata};
@@ -21,7 +22,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -157,7 +158,17 @@ impl Opener {
 
     /// Opens the chain that begins with this file, locked for reading. Runs on a worker.
     pub async fn open(self, options: impl Into<OpenOptions>, gate: &Gate) -> Result<Image, Error> {
-        let OpenOptions { format, cache_bytes } = options.into();
+        self.open_chain(options.into(), gate, None).await
+    }
+
+    /// Opens this file without its backing chain: what it does not hold itself reads as zeroes. `backing_size`: size in
+    /// bytes of the disk in its backing file, as far as that is known. Runs on a worker.
+    pub(super) async fn open_alone(self, format: Format, gate: &Gate, backing_size: u64) -> Result<Image, Error> {
+        self.open_chain(format.into(), gate, Some(backing_size)).await
+    }
+
+    async fn open_chain(self, options: OpenOptions, gate: &Gate, alone: Option<u64>) -> Result<Image, Error> {
+        let OpenOptions { format, cache_bytes } = options;
         let id = self.id;
         let exported = self.real.clone();
         let mut found: Vec<(Opener, Option<Parsed>)> = Vec::new();
@@ -169,6 +180,9 @@ impl Opener {
                 Format::Qcow2 => Some(opener.parse().await?),
             };
             found.push((opener, parsed));
+            if alone.is_some() {
+                break;
+            }
             let (opener, parsed) = found.last().expect("just pushed");
             let Some((name, format)) = parsed.as_ref().map_or(Ok(None), |p| backing(&opener.path, &p.header))? else {
                 break;
@@ -176,19 +190,22 @@ impl Opener {
             next = Some((follow(&found, &exported, &name, gate)?, format));
         }
         let not_writable = match &found[0].1 {
-            Some(p) if p.header.corrupt => Some("it is marked corrupt; examine it with `qemu-img check`"),
-            Some(p) if p.header.dirty => {
-                Some("it was not closed and its refcounts may be wrong; repair it with `qemu-img check -r all`")
+            Some(p) if p.header.corrupt => {
+                Some("it is marked corrupt; see `cowgate image check`, which can `--repair` it")
             }
+            Some(p) if p.header.dirty => Some(
+                "it was not closed and its refcounts may be wrong, and they cannot be rebuilt while readers have it \
+                 open; disconnect them, or repair it with `cowgate image check --repair`",
+            ),
             _ => None,
         };
         let mut data_files = data_files(&found, &exported, gate)?;
         let chain = found.len() as u64;
         // from the bottom up: an overlay wants to know how large what lies below it is
         let mut layers = Vec::with_capacity(found.len());
-        let mut backing_size = 0;
+        let mut backing_size = alone.unwrap_or(0);
         for (index, (opener, parsed)) in found.into_iter().enumerate().rev() {
-            let cache_bytes = parsed.as_ref().map_or(0, |p| cache_share(cache_bytes, &p.header, chain));
+            let cache_bytes = cache_share(cache_bytes, chain);
             let around = Around { backing_size, cache_bytes, grows_with_zeroes: !opener.block_device, top: index == 0 };
             let layer = opener.into_layer(parsed, data_files[index].take(), around).await?;
             backing_size = layer.size;
@@ -196,6 +213,55 @@ impl Opener {
         }
         layers.reverse();
         Ok(Image::new(layers, id, not_writable))
+    }
+
+    /// The file's format: as declared, else QCOW2 when it begins like one. That guess is for commands that a user runs
+    /// on a file; nothing the image names is opened by them.
+    pub(super) fn format(&self, declared: Option<Format>) -> Result<Format, Error> {
+        if let Some(format) = declared {
+            return Ok(format);
+        }
+        let mut magic = [0; 4];
+        let read = self.file.read_at(&mut magic, 0).map_err(Error::io(&self.path, "read it"))?;
+        Ok(if read == 4 && magic == MAGIC { Format::Qcow2 } else { Format::Raw })
+    }
+
+    /// Locks the file as a reader, until it is closed.
+    pub(super) fn lock(&self) -> Result<(), Error> {
+        lock::share(&self.file).map_err(|refused| locked(&self.path, refused))
+    }
+
+    /// Adds a writer's lock to the reader's.
+    pub(super) fn lock_for_writing(&self) -> Result<(), Error> {
+        lock::add_write(&self.file).map_err(|refused| locked(&self.path, refused))
+    }
+
+    /// Gives the writer's lock back.
+    pub(super) fn unlock_for_writing(&self) -> Result<(), Error> {
+        lock::drop_write(&self.file).map_err(Error::io(&self.path, "unlock it"))
+    }
+
+    /// The file as something to be checked, or repaired when it is opened for writing.
+    pub(super) fn subject(&self, write: bool, memory: u64) -> Result<Subject, Error> {
+        // the same inode, whatever the path names by now
+        let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let opened = File::options().read(true).write(write).open(same);
+        let file = opened.map_err(Error::io(&self.path, if write { "open it for writing" } else { "open it" }))?;
+        let meta = file.metadata().map_err(Error::io(&self.path, "examine it"))?;
+        let stored = if self.block_device { self.len } else { meta.blocks() * 512 };
+        let (file, path) = (ring::File::from_std(file), self.path.clone());
+        Ok(Subject::new(file, path, self.len, stored, self.block_device, memory))
+    }
+
+    /// Takes note that the file has become longer.
+    pub(super) fn note_length(&mut self) -> Result<(), Error> {
+        self.len = (&self.file).seek(SeekFrom::End(0)).map_err(Error::io(&self.path, "find its size"))?;
+        Ok(())
+    }
+
+    /// The header alone.
+    pub(super) async fn parse_header(&self) -> Result<Header, Error> {
+        parse_header(&self.ring_file()?, &self.path, self.len).await
     }
 
     /// The size in bytes of the disk in this file, or of an internal snapshot, without what the file names. Nothing is
@@ -209,6 +275,11 @@ impl Opener {
             None => Ok(parsed.header.size),
             Some(name) => Ok(parsed.snapshot(&self.path, name)?.disk_size.unwrap_or(parsed.header.size)),
         }
+    }
+
+    /// Whether the image is marked corrupt. Nothing is locked.
+    pub async fn marked_corrupt(&self, format: Format) -> Result<bool, Error> {
+        Ok(format == Format::Qcow2 && self.parse_header().await?.corrupt)
     }
 
     pub(super) fn ring_file(&self) -> Result<ring::File, Error> {
@@ -259,7 +330,7 @@ impl Image {
                     if parsed.header.layout.data_file && data.is_none() {
                         return Err(Error::Broken { path, why: "its external data file is not given".to_owned() });
                     }
-                    let cache_bytes = cache_share(None, &parsed.header, disks.len() as u64);
+                    let cache_bytes = cache_share(None, disks.len() as u64);
                     let around = Around { backing_size, cache_bytes, grows_with_zeroes: true, top: index == 0 };
                     qcow2_layer(file, storage, path, parsed, data, around).await?
                 }
@@ -293,7 +364,7 @@ impl Image {
         let again = |storage: &Storage| storage.again().map_err(Error::io(&active.path, "open it once more"));
         let around = Around {
             backing_size: self.layers.get(1).map_or(0, |below| below.size),
-            cache_bytes: cache_share(cache_bytes, &parsed.header, 1),
+            cache_bytes: cache_share(cache_bytes, 1),
             grows_with_zeroes: false,
             top: false,
         };
@@ -317,13 +388,10 @@ fn raw_layer(path: PathBuf, storage: Storage, size: u64) -> Layer {
     Layer { path, storage, size, content: Content::Raw, data: None, bitmaps: None, parsed: None }
 }
 
-/// One layer's part of an image's memory for cached tables: an equal one, and no more than all its tables take.
-fn cache_share(limit: Option<u64>, header: &Header, layers: u64) -> u64 {
-    let layout = header.layout;
-    let tables = layout.l1_entries_for(header.size).saturating_mul(layout.cluster());
-    // as much again for refcount blocks, which are small beside L2 tables
-    let enough = tables.saturating_add(tables / 4).max(MIN_CACHE_BYTES);
-    (limit.unwrap_or(CACHE_BYTES) / layers).clamp(MIN_CACHE_BYTES, enough)
+/// One layer's part of an image's memory for cached tables: an equal one. A small image never fills it, and has room for
+/// new tables all the same, so that its writers need not wait for a flush.
+fn cache_share(limit: Option<u64>, layers: u64) -> u64 {
+    (limit.unwrap_or(CACHE_BYTES) / layers).max(MIN_CACHE_BYTES)
 }
 
 /// Opens the external data files of a chain, if the gate lets them through.
@@ -358,13 +426,17 @@ fn data_files(found: &[(Opener, Option<Parsed>)], exported: &Path, gate: &Gate) 
 }
 
 async fn parse(file: &ring::File, path: &Path, file_len: u64) -> Result<Parsed, Error> {
+    let header = parse_header(file, path, file_len).await?;
+    let (snapshots, snapshot_bytes) = read_snapshots(file, path, &header).await?;
+    Ok(Parsed { header, snapshots, snapshot_bytes, file_len })
+}
+
+async fn parse_header(file: &ring::File, path: &Path, file_len: u64) -> Result<Header, Error> {
     let refused = |source| Error::Header { path: path.to_owned(), source };
     let peek = read(file, path, 0, file_len.min(PEEK_BYTES as u64)).await?;
     let cluster = Header::first_cluster(&peek).map_err(refused)?;
     let first = read(file, path, 0, file_len.min(cluster)).await?;
-    let header = Header::parse(&first).map_err(refused)?;
-    let (snapshots, snapshot_bytes) = read_snapshots(file, path, &header).await?;
-    Ok(Parsed { header, snapshots, snapshot_bytes, file_len })
+    Header::parse(&first).map_err(refused)
 }
 
 async fn read_snapshots(file: &ring::File, path: &Path, header: &Header) -> Result<(Vec<Snapshot>, u64), Error> {
@@ -439,7 +511,7 @@ async fn read(file: &ring::File, path: &Path, at: u64, len: u64) -> Result<PageB
 }
 
 /// The backing file an image names, with its declared format.
-fn backing(path: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>, Error> {
+pub(super) fn backing(path: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>, Error> {
     let Some(name) = &header.backing_file else { return Ok(None) };
     let text = String::from_utf8_lossy(name).into_owned();
     let refuse = |why: String| Error::Backing { path: path.to_owned(), backing: text.clone(), why };
@@ -452,7 +524,7 @@ fn backing(path: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>, Er
 }
 
 /// The place of a file that an image names. `Err` says why it is not followed.
-fn relative(image: &Path, name: &[u8]) -> Result<PathBuf, String> {
+pub(super) fn relative(image: &Path, name: &[u8]) -> Result<PathBuf, String> {
     // QEMU reads "word:" as a protocol
     let before_slash = name.split(|&b| b == b'/').next().unwrap_or_default();
     if before_slash.contains(&b':') {

@@ -1,6 +1,7 @@
 //! A new file that appears at its place whole or not at all: written beside it, made durable, then moved there.
 
-use super::Error;
+use super::shared::locked;
+use super::{Error, lock};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
@@ -25,6 +26,9 @@ impl NewFile {
         if !replace && path.symlink_metadata().is_ok() {
             return Err(refuse("exists already; give --force to replace it"));
         }
+        if replace && path.metadata().is_ok_and(|meta| meta.is_file()) {
+            check_unused(path)?;
+        }
         let Some(name) = path.file_name() else { return Err(refuse("is not a file name")) };
         // file systems allow names of 255 bytes
         let mut temporary = OsStr::from_bytes(&name.as_bytes()[..name.len().min(200)]).to_owned();
@@ -39,6 +43,11 @@ impl NewFile {
     /// The file, to be written.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Its temporary name.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
     }
 
     /// Makes the file durable and moves it to its place.
@@ -67,6 +76,13 @@ impl Drop for NewFile {
             let _ = std::fs::remove_file(&self.temporary); // nothing more can be done for a leftover
         }
     }
+}
+
+/// Refuses to replace an image that somebody uses: they would go on with a file that nobody finds any more.
+fn check_unused(path: &Path) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::io(path, "open it"))?;
+    let taken = lock::share(&file).and_then(|()| lock::add_write(&file));
+    taken.map_err(|refused| locked(path, refused))
 }
 
 /// Where a file that an image names is: a relative name is relative to the image's directory.

@@ -11,6 +11,7 @@ use crate::ring;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
@@ -119,10 +120,7 @@ impl Layer {
 
     /// Length of the layer's file in bytes, now.
     pub(super) fn file_len(&self) -> std::io::Result<u64> {
-        match &self.storage {
-            Storage::Memory(disk) => Ok(disk.len()),
-            Storage::File { file, .. } => (&*file).seek(SeekFrom::End(0)),
-        }
+        self.storage.len()
     }
 
     /// Where the layer's guest data is.
@@ -151,6 +149,36 @@ impl Storage {
                 let same = format!("/proc/self/fd/{}", file.as_raw_fd());
                 Ok(ring::File::from_std(File::options().read(true).write(write).open(same)?))
             }
+        }
+    }
+
+    /// Device and inode; `None` for the test double.
+    pub(super) fn id(&self) -> std::io::Result<Option<FileId>> {
+        let Storage::File { file, block_device } = self else { return Ok(None) };
+        let meta = file.metadata()?;
+        Ok(Some(match block_device {
+            true => FileId { device: meta.rdev(), inode: 0 },
+            false => FileId { device: meta.dev(), inode: meta.ino() },
+        }))
+    }
+
+    /// Makes a regular file longer or shorter, durably.
+    pub(super) fn set_len(&self, len: u64) -> std::io::Result<()> {
+        match self {
+            Storage::Memory(_) => Err(std::io::ErrorKind::Unsupported.into()),
+            Storage::File { file, .. } => {
+                let file = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+                file.set_len(len)?;
+                file.sync_all()
+            }
+        }
+    }
+
+    /// Length in bytes, now.
+    pub(super) fn len(&self) -> std::io::Result<u64> {
+        match self {
+            Storage::Memory(disk) => Ok(disk.len()),
+            Storage::File { file, .. } => (&*file).seek(SeekFrom::End(0)),
         }
     }
 
@@ -227,6 +255,11 @@ impl Image {
         }
     }
 
+    /// Whether the image is marked corrupt: it is served, and never written.
+    pub fn marked_corrupt(&self) -> bool {
+        self.layers[0].parsed.as_ref().is_some_and(|parsed| parsed.header.corrupt)
+    }
+
     /// Counts a writer in; the first takes the write lock. Each success is paired with [`Image::writer_left`].
     pub fn begin_writing(&self) -> Result<(), Error> {
         if let Some(why) = self.not_writable {
@@ -283,7 +316,7 @@ impl Image {
     pub(super) fn log_corrupt(&self, layer: usize, corrupt: &Corrupt) {
         error!(
             "{}: {corrupt}; requests that need it fail, the image is not written any more; examine it with \
-             `qemu-img check`",
+             `cowgate image check`",
             self.layers[layer].path.display()
         );
     }

@@ -5,8 +5,8 @@ use crate::units::HostOffset;
 
 /// Bit 63: the table or cluster has a refcount of exactly one and may be written in place.
 pub const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+pub(super) const COMPRESSED: u64 = 1 << 62;
+pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset of a table or standard cluster.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 

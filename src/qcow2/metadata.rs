@@ -253,6 +253,17 @@ impl Metadata {
         self.size
     }
 
+    /// Where the part of the disk ends that the L1 table has entries for; what it maps there may lie behind the end of
+    /// the disk.
+    pub fn mapped_end(&self) -> u64 {
+        (self.l1.entries.len() as u64).saturating_mul(self.layout.l2_coverage()).min(i64::MAX as u64)
+    }
+
+    /// Another backing file is to come: as long as any of them may show through, zeroes are said and never left out.
+    pub fn expect_any_backing(&mut self) {
+        self.backing_size = u64::MAX;
+    }
+
     /// Cluster size and widths.
     pub fn layout(&self) -> Layout {
         self.layout

@@ -3,10 +3,12 @@
 //! Follows QEMU's `docs/interop/qcow2.rst`. [`header`] parses what an image claims, [`layout`] does its arithmetic,
 //! [`entry`] names the kinds of L2 entries, [`metadata`] holds tables and answers "where is this range?",
 //! [`mod@write`] decides how a range is written, [`alloc`] owns refcounts, [`writeback`] orders what reaches the disk,
-//! [`bitmap`] knows persistent dirty bitmaps, [`compress`] unpacks compressed clusters, [`create`] lays out a new image.
+//! [`bitmap`] knows persistent dirty bitmaps, [`compress`] unpacks compressed clusters, [`create`] lays out a new image,
+//! [`check`] counts [`references`] and compares them with the refcounts, [`rebuild`] makes new ones.
 
 pub mod alloc;
 pub mod bitmap;
+pub mod check;
 pub mod compress;
 pub mod create;
 pub mod entry;
@@ -14,6 +16,8 @@ pub mod header;
 pub mod header_area;
 pub mod layout;
 pub mod metadata;
+pub mod rebuild;
+pub mod references;
 pub mod snapshot;
 mod tables;
 pub mod write;
@@ -21,6 +25,7 @@ pub mod writeback;
 
 pub use entry::CompressedRange;
 pub use header::{Header, HeaderError};
+pub use header_area::HeaderArea;
 pub use layout::Layout;
 pub use metadata::{Corrupt, Fault, Map, Mapped, Metadata, Ready, Source};
 pub use tables::Table;

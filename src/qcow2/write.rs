@@ -9,7 +9,7 @@ use super::layout::{Layout, SUBCLUSTERS};
 use super::metadata::{Corrupt, Fault, Metadata, Ready, Stop};
 use super::tables::{Table, TableKind};
 use crate::block::Errno;
-use crate::units::{ByteRange, GuestOffset, HostOffset};
+use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
 
 /// Answer to [`Metadata::begin_write`]; each speaks about the first part of the range.
 #[derive(Debug)]
@@ -133,6 +133,11 @@ impl Allocation {
     /// Where the first byte of `range` goes.
     pub fn data_host(&self) -> HostOffset {
         HostOffset(self.host.0 + (self.range.start().0 - self.span.start().0))
+    }
+
+    /// The host clusters that belong to nothing but this allocation.
+    pub fn fresh(&self) -> Option<HostRange> {
+        (self.new && self.kind == Publish::Data).then(|| HostRange::new(self.host, self.span.len()))
     }
 
     /// The guest bytes of `span` before `range`.

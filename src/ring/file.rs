@@ -115,6 +115,12 @@ impl File {
         Some(Ok(()))
     }
 
+    /// Whether the file system says that nothing is stored in the range, which reads as zeroes then: for who would read
+    /// much of nothing in a sparse file. False when that is not known.
+    pub fn is_hole(&self, r: HostRange) -> bool {
+        check(r.start(), r.len()).is_ok() && self.inner.backend.is_hole(r)
+    }
+
     /// Stores all of `buf` at `at`, extending the file as needed; durable only after a later [`File::sync`].
     ///
     /// Errors: EINVAL for a range past the largest file offset, else what the kernel reports; then any part of `buf`
@@ -315,6 +321,13 @@ impl Backend {
         match self {
             Backend::Real(real) => real.read_now(at, buf),
             Backend::Memory(mem) => mem.read_now(at, buf),
+        }
+    }
+
+    fn is_hole(&self, r: HostRange) -> bool {
+        match self {
+            Backend::Real(real) => real.is_hole(r.start().0, r.len()),
+            Backend::Memory(_) => false,
         }
     }
 

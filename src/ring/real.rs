@@ -106,6 +106,19 @@ impl Real {
         self.file.fallocate(r.start().0, r.len(), mode).await
     }
 
+    /// Whether nothing is stored from `at` on for `len` bytes. Not knowing is "no".
+    pub(super) fn is_hole(&self, at: u64, len: u64) -> bool {
+        let at = at as libc::off64_t; // `check` saw to the sign
+        // SAFETY: no memory is handed over; the descriptor is open as long as `self`. Its cursor, which this moves, is
+        // used by nothing else here.
+        let data = unsafe { libc::lseek64(self.file.as_raw_fd(), at, libc::SEEK_DATA) };
+        match u64::try_from(data) {
+            Ok(data) => data >= at as u64 + len,
+            // there is no data up to the end of the file
+            Err(_) => io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO),
+        }
+    }
+
     /// Writes a first piece of `bytes` in place; EAGAIN when it should go through the ring.
     fn write_now(&self, at: u64, bytes: &[u8]) -> io::Result<usize> {
         let piece = &bytes[..bytes.len().min(IN_PLACE_MAX)];

@@ -6,4 +6,6 @@ pub mod features;
 pub mod operations;
 pub mod parts;
 pub mod qemu;
+pub mod qimage;
 pub mod root;
+pub mod zoo;

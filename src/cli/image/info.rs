@@ -56,7 +56,7 @@ fn describe(info: &ImageInfo) -> String {
         line("backing file format", info.backing_filename_format.clone().unwrap_or("not declared".into()));
     }
     if info.dirty_flag == Some(true) {
-        line("dirty", "yes; repair it with `qemu-img check -r all`".into());
+        line("dirty", "yes; repair it with `cowgate image check --repair`".into());
     }
     if let Some(FormatSpecific::Qcow2(qcow2)) = &info.format_specific {
         line("compat", qcow2.compat.into());
