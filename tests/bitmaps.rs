@@ -3,7 +3,7 @@
 mod common;
 
 use common::daemon::{Daemon, Setup};
-use common::qemu::{self, qemu_img, run};
+use common::qemu::{self, qemu_img, qemus_bits, qemus_list, run};
 use cowgate::block::BlockDev;
 use cowgate::image::bitmap_edit::{Edit, edit_open};
 use cowgate::image::{Disk, Format, Image};
@@ -17,32 +17,6 @@ use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
-
-/// Bits as QEMU reads them from an image: the dirty ranges of the disk.
-fn qemus_bits(image: &Path, bitmap: &str) -> Vec<(u64, u64)> {
-    let map = run(Command::new("nbdinfo")
-        .arg(format!("--map=qemu:dirty-bitmap:{bitmap}"))
-        .args(["--", "[", "qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap])
-        .arg(image)
-        .arg("]"));
-    let mut dirty: Vec<(u64, u64)> = Vec::new();
-    for line in map.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let (at, len): (u64, u64) = (words[0].parse().unwrap(), words[1].parse().unwrap());
-        match (words[3], dirty.last_mut()) {
-            ("dirty", Some(last)) if last.0 + last.1 == at => last.1 += len,
-            ("dirty", _) => dirty.push((at, len)),
-            _ => {}
-        }
-    }
-    dirty
-}
-
-/// The bitmaps as `qemu-img info` lists them.
-fn qemus_list(image: &Path) -> Value {
-    let info: Value = serde_json::from_str(&qemu_img("info -U --output=json", &[image])).unwrap();
-    info["format-specific"]["data"]["bitmaps"].clone()
-}
 
 fn cowgate(line: &str, paths: &[&Path]) -> std::process::Output {
     let mut words: Vec<std::ffi::OsString> = Vec::new();

@@ -38,7 +38,11 @@ fn subjects() -> Vec<Subject> {
         of("plain", plain.clone(), 8 << 20),
         of("old", Features { version: 2, cluster_bits: 10, ..plain.clone() }, 2 << 20),
         of("chain", Features { cluster_bits: 12, backing: Backing::LongQcow2, ..plain.clone() }, (6 << 20) + 512),
-        of("subclusters", Features { extended_l2: true, backing: Backing::ShortRaw, ..plain.clone() }, 8 << 20),
+        of(
+            "subclusters",
+            Features { extended_l2: true, backing: Backing::ShortRaw, bitmap: true, ..plain.clone() },
+            8 << 20,
+        ),
         Subject {
             renewed: Some(3),
             ..of("growing", Features { cluster_bits: 9, refcount_bits: 64, ..plain.clone() }, 6 << 20)
@@ -113,17 +117,11 @@ impl Subject {
         }
     }
 
-    /// QEMU's verdict on the image: no errors.
+    /// QEMU's verdict on the image, and ours: no errors.
     fn check(&self, dir: &Path) -> Result<(), String> {
-        let out = qemu::output(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(self.path(dir)));
-        match out.status.code() {
-            Some(0 | 3) => Ok(()),
-            code => Err(format!(
-                "{}: check says {code:?}: {}{}",
-                self.name,
-                qemu::text(&out.stdout),
-                qemu::text(&out.stderr)
-            )),
+        match qemu::checked_by_both(&self.path(dir)) {
+            (Some(0 | 3), _) => Ok(()),
+            (_, said) => Err(format!("{}: {said}", self.name)),
         }
     }
 
@@ -179,6 +177,18 @@ struct Figures {
     rounds: u64,
     requests: u64,
     flushes: u64,
+    bitmaps_in_use: u64,
+}
+
+/// What is known about an image besides what the recorder knows.
+#[derive(Clone, Default)]
+struct State {
+    /// What the snapshot holds.
+    snapshot: Vec<u8>,
+    /// What the disk held before the round.
+    content: Vec<u8>,
+    /// A crash left its bitmap in use.
+    stale_bitmap: bool,
 }
 
 /// Runs a campaign. With `lie` the recorder believes in flushes that never happened.
@@ -189,14 +199,15 @@ fn campaign(subjects: &[Subject], rounds: u64, seed: u64, lie: bool) -> Result<F
     let mut setup = Setup::new();
     let dir = setup.dir().to_owned();
     let mut recorder = Recorder::start(&dir.join("nbd.sock"), seed, lie, subjects);
-    let mut kept: Vec<Vec<u8>> = vec![Vec::new(); subjects.len()];
+    let mut state = vec![State::default(); subjects.len()];
     for round in 0..rounds {
-        for (subject, kept) in subjects.iter().zip(&mut kept) {
+        for (subject, state) in subjects.iter().zip(&mut state) {
             if round == 0 || subject.renewed.is_some_and(|every| round % every == 0) {
                 let _ = std::fs::remove_file(subject.path(&dir));
                 subject.make(&dir);
                 let copy = subject.copy(&dir, false);
-                *kept = std::fs::read(&copy).unwrap();
+                let content = std::fs::read(&copy).unwrap();
+                *state = State { snapshot: content.clone(), content, stale_bitmap: false };
                 setup.export(subject.name, &subject.path(&dir), subject.export);
                 recorder.say(&format!("fresh {} {}", subject.name, copy.display()));
                 recorder.hear("fresh")?;
@@ -214,8 +225,12 @@ fn campaign(subjects: &[Subject], rounds: u64, seed: u64, lie: bool) -> Result<F
         figures.rounds += 1;
         figures.requests += counts[0];
         figures.flushes += counts[1];
-        for (subject, kept) in subjects.iter().zip(&kept) {
-            examine(subject, &dir, kept, &mut recorder)
+        for (subject, state) in subjects.iter().zip(&mut state) {
+            if state.stale_bitmap && !log.contains(&format!("{}.qcow2: bitmap \"changes\" is not used", subject.name)) {
+                return Err(format!("round {round}: {}: nothing says that its bitmap is no good", subject.name));
+            }
+            figures.bitmaps_in_use += u64::from(state.stale_bitmap);
+            examine(subject, &dir, state, &mut recorder)
                 .map_err(|e| format!("round {round}: {e}; the daemon said:\n{log}"))?;
         }
     }
@@ -235,9 +250,9 @@ fn healthy(log: &str, exports: usize) -> Result<(), String> {
 }
 
 /// What a crash left of an image.
-fn examine(subject: &Subject, dir: &Path, kept: &[u8], recorder: &mut Recorder) -> Result<(), String> {
+fn examine(subject: &Subject, dir: &Path, state: &mut State, recorder: &mut Recorder) -> Result<(), String> {
     subject.check(dir)?;
-    if subject.features.snapshot && std::fs::read(subject.copy(dir, true)).unwrap() != kept {
+    if subject.features.snapshot && std::fs::read(subject.copy(dir, true)).unwrap() != state.snapshot {
         return Err(format!("{}: the snapshot changed", subject.name));
     }
     let copy = subject.copy(dir, false);
@@ -248,6 +263,21 @@ fn examine(subject: &Subject, dir: &Path, kept: &[u8], recorder: &mut Recorder) 
     }
     recorder.say(&format!("verify {} {}", subject.name, copy.display()));
     recorder.hear("verified")?;
+    let content = std::fs::read(copy).unwrap();
+    if subject.features.bitmap {
+        let image = subject.path(dir);
+        let flags = &qemu::qemus_list(&image)[0]["flags"];
+        let in_use = *flags == serde_json::json!(["in-use", "auto"]);
+        if !in_use && content != state.content {
+            return Err(format!("{}: its bitmap passes for good: {flags}", subject.name));
+        }
+        if in_use && state.stale_bitmap {
+            qemu::qemu_img("bitmap --remove -f qcow2", &[&image, Path::new("changes")]);
+            qemu::qemu_img("bitmap --add -f qcow2", &[&image, Path::new("changes")]);
+        }
+        state.stale_bitmap = in_use && !state.stale_bitmap;
+    }
+    state.content = content;
     Ok(())
 }
 

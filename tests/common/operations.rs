@@ -6,6 +6,7 @@
 use super::features::{DataFile, Features};
 use rand::Rng;
 use rand::rngs::SmallRng;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -15,6 +16,9 @@ use std::path::Path;
 pub fn noise() -> Vec<u8> {
     (0..1021u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 19) as u8 | 1).collect()
 }
+
+/// Granularity of bitmaps, in bytes.
+pub const GRAIN: u64 = 64 << 10;
 
 /// One operation of a client.
 #[derive(Clone, Debug)]
@@ -87,6 +91,8 @@ pub struct Model {
     pub windows: Vec<Window>,
     /// Whether anything was discarded: two disks after the same operations may differ then.
     pub discarded: bool,
+    /// Blocks of [`GRAIN`] bytes that were written or zeroed.
+    pub written: BTreeSet<u64>,
 }
 
 impl Model {
@@ -119,7 +125,7 @@ impl Model {
             let len = (end - start) as usize;
             Window { start, bytes: vec![0; len], loose: vec![false; len] }
         };
-        Model { size, windows: windows.iter().map(window).collect(), discarded: false }
+        Model { size, windows: windows.iter().map(window).collect(), discarded: false, written: BTreeSet::new() }
     }
 
     /// The same disk seen through one of another size above it: cut off, or zero behind its end.
@@ -223,6 +229,9 @@ impl Model {
             return;
         }
         let end = op.at + op.len;
+        if op.kind != Kind::Discard {
+            self.written.extend(op.at / GRAIN..=(end - 1) / GRAIN);
+        }
         let inside = |w: &&mut Window| w.start <= op.at && end <= w.start + w.bytes.len() as u64;
         let window = self.windows.iter_mut().find(inside).expect("operations stay inside one window");
         let range = (op.at - window.start) as usize..(end - window.start) as usize;
@@ -234,6 +243,15 @@ impl Model {
             Kind::Zero { .. } => bytes.fill(0),
             Kind::Discard => self.discarded = true,
             Kind::Flush => {}
+        }
+    }
+
+    /// Whether these dirty ranges cover everything that was written.
+    pub fn covered_by(&self, dirty: &[(u64, u64)]) -> Result<(), String> {
+        let covers = |block: u64| dirty.iter().any(|(at, len)| *at <= block * GRAIN && block * GRAIN < at + len);
+        match self.written.iter().find(|block| !covers(**block)) {
+            None => Ok(()),
+            Some(block) => Err(format!("byte {} was written and is not marked", block * GRAIN)),
         }
     }
 

@@ -1,5 +1,6 @@
 //! QEMU's tools as judges, and the images they make.
 
+use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -47,4 +48,41 @@ pub fn check_leaks_allowed(image: &Path) {
 #[track_caller]
 pub fn same_content(image: &Path, raw: &Path) {
     run(Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "raw"]).arg(image).arg(raw));
+}
+
+/// Bits as QEMU reads them from an image: the dirty ranges of the disk.
+pub fn qemus_bits(image: &Path, bitmap: &str) -> Vec<(u64, u64)> {
+    let map = run(Command::new("nbdinfo")
+        .arg(format!("--map=qemu:dirty-bitmap:{bitmap}"))
+        .args(["--", "[", "qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap])
+        .arg(image)
+        .arg("]"));
+    let mut dirty: Vec<(u64, u64)> = Vec::new();
+    for line in map.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (at, len): (u64, u64) = (words[0].parse().unwrap(), words[1].parse().unwrap());
+        match (words[3], dirty.last_mut()) {
+            ("dirty", Some(last)) if last.0 + last.1 == at => last.1 += len,
+            ("dirty", _) => dirty.push((at, len)),
+            _ => {}
+        }
+    }
+    dirty
+}
+
+/// The bitmaps as `qemu-img info` lists them.
+pub fn qemus_list(image: &Path) -> Value {
+    let info: Value = serde_json::from_str(&qemu_img("info -U --output=json", &[image])).unwrap();
+    info["format-specific"]["data"]["bitmaps"].clone()
+}
+
+/// The exit codes of `qemu-img check` and `cowgate image check`, which agree, with what was said.
+#[track_caller]
+pub fn checked_by_both(image: &Path) -> (Option<i32>, String) {
+    let theirs = output(Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(image));
+    let ours = output(Command::new(env!("CARGO_BIN_EXE_cowgate")).args(["image", "check", "-q"]).arg(image));
+    let say = |out: &Output| text(&out.stdout) + &text(&out.stderr);
+    let said = format!("qemu-img check: {}\ncowgate image check: {}", say(&theirs), say(&ours));
+    assert_eq!(theirs.status.code(), ours.status.code(), "{}: {said}", image.display());
+    (ours.status.code(), said)
 }
