@@ -242,9 +242,11 @@ fn on_a_full_disk_the_image_stays_and_a_second_run_finishes() {
     let image = dir.join("a.qcow2");
     let create = ["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "-F", "qcow2", "-b"];
     qemu::run(Command::new("qemu-img").args(create).arg(bench.path("base.qcow2")).arg(&image).arg("8M"));
+    std::fs::write(dir.join("filler"), vec![1; 2 << 20]).unwrap();
     let line = format!("resize {} 60M", image.display());
     bench.refused(&line, &["a.qcow2", "No space left on device"]);
     qemu::check_leaks_allowed(&image);
+    std::fs::remove_file(dir.join("filler")).unwrap();
     let smaller = format!("resize {} 18M", image.display());
     bench.cowgate(&smaller);
     qemu::check_leaks_allowed(&image);

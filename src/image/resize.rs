@@ -76,9 +76,11 @@ pub fn resize(
         let disk = change::begin(image)?;
         match format {
             Format::Raw => set_len(path, &disk.image().layers[0].storage, new)?,
+            // on a failure nothing is flushed: what was prepared behind the old end is no part of the image on disk, and
+            // a flush that finds no space would leave its clusters counted
+            Format::Qcow2 if new > old => grow(&disk, new, progress).await?,
             Format::Qcow2 => {
-                let done =
-                    if new > old { grow(&disk, new, progress).await } else { shorten(&disk, new, progress).await };
+                let done = shorten(&disk, new, progress).await;
                 change::after(&disk, done).await?;
             }
         }

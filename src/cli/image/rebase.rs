@@ -19,8 +19,8 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<Format>,
     /// Change the name only, when the new backing file is known to hold the same
-    #[arg(long)]
-    r#unsafe: bool,
+    #[arg(long = "unsafe")]
+    name_only: bool,
     #[command(flatten)]
     report: Report,
 }
@@ -34,7 +34,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
             return Err("give the new backing file's format with --backing-format: qcow2 or raw".to_owned());
         }
     };
-    let done = if args.r#unsafe {
+    let done = if args.name_only {
         rename_backing(&args.file, new)
     } else {
         let meter = args.report.meter("rebasing");
