@@ -182,6 +182,30 @@ fn sigterm_stores_the_bitmaps() {
 }
 
 #[test]
+fn a_writer_that_only_connects_marks_them_and_takes_the_marks_back() {
+    let setup = Setup::new();
+    let image = setup.image("image.qcow2", "", "8M");
+    bitmap("add @ b", &[&image]);
+    setup.export("x", &image, "");
+    setup.export("reader", &image, "readonly = true");
+    let daemon = setup.start();
+    let flags = || qemus_list(&image)[0]["flags"].clone();
+    let mut reader = Command::new("qemu-io");
+    let mut reader = reader.args(["-r", "-f", "raw", "-c", "sleep 60000", &daemon.uri("reader")]).spawn().unwrap();
+    daemon.wait_for("the reader", || daemon.log().contains("client connected"));
+    assert_eq!(flags(), serde_json::json!(["auto"]));
+    let mut writer = Command::new("qemu-io");
+    let mut writer = writer.args(["-f", "raw", "-c", "sleep 60000", &daemon.uri("x")]).spawn().unwrap();
+    daemon.wait_for("the bitmap to be marked", || flags() == serde_json::json!(["in-use", "auto"]));
+    for client in [&mut writer, &mut reader] {
+        client.kill().unwrap();
+        client.wait().unwrap();
+    }
+    daemon.wait_for("the mark to be taken back", || flags() == serde_json::json!(["auto"]));
+    daemon.stop();
+}
+
+#[test]
 fn a_bitmap_that_a_crash_left_in_use_stays_so() {
     let setup = Setup::new();
     let image = setup.image("image.qcow2", "", "8M");
@@ -325,6 +349,35 @@ fn the_commands_are_those_of_qemu() {
             qemu_img(&format!("bitmap {theirs_line}"), &[&theirs, Path::new(name)]);
         }
         same(ours_line);
+    }
+}
+
+#[test]
+fn bitmaps_follow_the_size_of_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (dir.path().join("ours.qcow2"), dir.path().join("theirs.qcow2"));
+    qemu_img("create -q -f qcow2 -o cluster_size=512", &[&ours, Path::new("5M")]);
+    bitmap("add @ fine --granularity 512", &[&ours]);
+    bitmap("add @ coarse --granularity 64K", &[&ours]);
+    fs::copy(&ours, &theirs).unwrap();
+    let mut dice = Seed::new(seed());
+    let mut size: u64 = 5 << 20;
+    for step in 0..8 {
+        let changes = random_changes(size, &mut dice, 12);
+        for image in [&ours, &theirs] {
+            qemu_io(image.to_str().unwrap(), "qcow2", &changes);
+        }
+        size = (1 + dice.below(16_000)) * 512;
+        let to = size.to_string();
+        let mut resize = Command::new(env!("CARGO_BIN_EXE_cowgate"));
+        run(resize.args(["image", "resize", "--shrink", "--quiet"]).arg(&ours).arg(&to));
+        qemu_img("resize -q -f qcow2 --shrink", &[&theirs, Path::new(&to)]);
+        assert_eq!(qemus_list(&ours), qemus_list(&theirs), "step {step}");
+        for name in ["fine", "coarse"] {
+            assert_eq!(qemus_bits(&ours, name), qemus_bits(&theirs, name), "{name} after step {step}, {size} bytes");
+        }
+        qemu::check(&ours);
+        qemu_img("compare -f qcow2 -F qcow2", &[&ours, &theirs]);
     }
 }
 

@@ -166,12 +166,6 @@ fn what_cannot_be_done_is_refused_by_name() {
     bench.refused("resize a.qcow2 0 --shrink", &["the new size must be from 1"]);
     bench.refused("resize a.qcow2 +1", &["multiple of 512"]);
     bench.refused("resize tiny.qcow2 1T", &["tiny.qcow2", "at most 137438953472 bytes"]);
-    bench.qemu_img("create -q -f qcow2 bitmap.qcow2 1M");
-    bench.qemu_img("bitmap --add bitmap.qcow2 one");
-    bench.refused("resize bitmap.qcow2 2M", &["bitmap.qcow2", "bitmaps", "cowgate image bitmap remove"]);
-    bench.cowgate("resize bitmap.qcow2 1M");
-    bench.cowgate("bitmap remove bitmap.qcow2 one");
-    bench.cowgate("resize bitmap.qcow2 2M");
     bench.refused("resize missing.qcow2 1M", &["missing.qcow2"]);
     bench.refused("resize misnamed.img 1M", &["misnamed.img", "--format"]);
     assert_eq!(bench.info("a.qcow2")["virtual-size"], 4 * MIB);

@@ -216,7 +216,13 @@ impl Export {
             }
         };
         match local_disk(&image, writer.is_some()) {
-            Ok(disk) => Ok((disk, writer)),
+            Ok(disk) => {
+                if writer.is_some() {
+                    // what fails here fails the first write
+                    let _ = disk.mark_bitmaps().await;
+                }
+                Ok((disk, writer))
+            }
             Err(e) => {
                 if let Some(writer) = writer {
                     writer.count_out();

@@ -116,17 +116,48 @@ pub fn edit(path: &Path, name: &str, edit: &Edit) -> Result<(), Error> {
 /// Changes a bitmap of an image that is open for writing, by nobody else and for nothing else: it is to be closed then.
 /// `source` is the image that [`Edit::Merge`] names, if it is another one.
 pub async fn edit_open(disk: &Disk, name: &str, edit: &Edit, source: Option<&Disk>) -> Result<(), Error> {
-    let path = disk.image().path();
-    let mut work = Work { disk, path, fresh: Vec::new(), old: Vec::new() };
+    let mut work = Work::new(disk);
     let done = work.carry_out(name.as_bytes(), edit, source).await;
-    if done.is_err() {
-        work.old = std::mem::take(&mut work.fresh); // nothing refers to what was made
+    work.end(done).await
+}
+
+/// The bitmaps of a disk whose size is changing: marked as in use, whatever happens, until they fit.
+pub(super) struct Resizing {
+    directory: HostOffset,
+    list: Vec<Bitmap>,
+    old_size: u64,
+    new_size: u64,
+}
+
+/// Before an image's disk gets another size: from now on a crash leaves bitmaps that say that they cannot be used.
+/// Refuses a size that they cannot have. `None`: there are none.
+pub(super) async fn begin_resize(disk: &Disk, new_size: u64) -> Result<Option<Resizing>, Error> {
+    let (path, old_size, layout) = (disk.image().path(), disk.image().size(), disk.metadata().layout());
+    let Some(bitmaps) = &disk.image().layers[0].bitmaps else { return Ok(None) };
+    let mut all = 0;
+    for bitmap in &bitmaps.stored.lock().await.list {
+        let entries = bitmap::table_entries(new_size, bitmap.granularity_bits, layout);
+        all += entries;
+        if entries > bitmap::MAX_DATA_BYTES / layout.cluster() || all > bitmap::MAX_TABLE_ENTRIES {
+            let name = bitmap.display_name();
+            return Err(refuse(path, format!("bitmap {name:?} would take too much space; remove it first")));
+        }
     }
-    {
-        let mut md = disk.metadata();
-        work.old.iter().for_each(|&(at, len)| md.free_structure(at, len));
-    }
-    done.and(disk.settle().await.map_err(io(path)))
+    let retired = disk.retire_bitmaps().await.map_err(io(path))?;
+    Ok(retired.map(|(directory, list)| Resizing { directory, list, old_size, new_size }))
+}
+
+/// After the disk got its size: gives the bitmaps tables that fit, and makes them good again.
+pub(super) async fn end_resize(disk: &Disk, resizing: Resizing) -> Result<(), Error> {
+    let mut work = Work::new(disk);
+    let done = work.fit_all(resizing).await;
+    work.end(done).await
+}
+
+/// The disk keeps its size: the bitmaps are as good as they were. As far as that can be said in the image.
+pub(super) async fn give_up_resize(disk: &Disk, resizing: Resizing) {
+    // on a failure they stay marked as in use, which is safe
+    let _ = disk.write_directory(resizing.directory, &resizing.list).await;
 }
 
 async fn open(path: &Path, writable: bool) -> Result<(Arc<Image>, Rc<Disk>), Error> {
@@ -173,7 +204,23 @@ struct Source<'a> {
     bitmap: Bitmap,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    fn new(disk: &'a Disk) -> Self {
+        Work { disk, path: disk.image().path(), fresh: Vec::new(), old: Vec::new() }
+    }
+
+    /// Gives back what is not needed.
+    async fn end(mut self, done: Result<(), Error>) -> Result<(), Error> {
+        if done.is_err() {
+            self.old = std::mem::take(&mut self.fresh); // nothing refers to what was made
+        }
+        {
+            let mut md = self.disk.metadata();
+            self.old.iter().for_each(|&(at, len)| md.free_structure(at, len));
+        }
+        done.and(self.disk.settle().await.map_err(io(self.path)))
+    }
+
     fn refuse(&self, why: impl Into<String>) -> Error {
         refuse(self.path, why)
     }
@@ -315,6 +362,55 @@ impl Work<'_> {
         self.fresh.push((at, clusters * layout.cluster()));
         self.disk.write_pieces(&[(at, bytes.to_vec())]).await.map_err(io(self.path))?;
         Ok(at)
+    }
+
+    async fn fit_all(&mut self, resizing: Resizing) -> Result<(), Error> {
+        let Resizing { directory, mut list, old_size, new_size } = resizing;
+        let layout = self.disk.metadata().layout();
+        let bytes = bitmap::build(&list).len() as u64;
+        for bitmap in &mut list {
+            match bitmap.unusable(old_size, layout) {
+                None => self.fit(bitmap, old_size, new_size).await?,
+                Some(_) => bitmap.flags |= flag::IN_USE,
+            }
+        }
+        self.publish(&list, Some((directory, bytes))).await
+    }
+
+    /// Gives a bitmap a table for a disk of another size, with its bits as far as both go.
+    async fn fit(&mut self, bitmap: &mut Bitmap, old_size: u64, new_size: u64) -> Result<(), Error> {
+        let layout = self.disk.metadata().layout();
+        let granularity = bitmap.granularity_bits;
+        let mut table = self.disk.read_table(bitmap).await.map_err(io(self.path))?;
+        self.old.push((bitmap.table, table.len() as u64 * 8));
+        let entries = bitmap::table_entries(new_size, granularity, layout) as usize;
+        for entry in table.drain(entries.min(table.len())..) {
+            if let TableEntry::Data(at) = entry {
+                self.old.push((at, layout.cluster()));
+            }
+        }
+        table.resize(entries, TableEntry::Zeros);
+        // the bits behind the last one that is kept are zero from now on, whatever they were
+        let kept = bitmap::bits(old_size.min(new_size), granularity);
+        let (last, inside) = ((kept / (layout.cluster() * 8)) as usize, (kept % (layout.cluster() * 8)) as usize);
+        if inside > 0 && table[last] != TableEntry::Zeros {
+            let mut bytes = vec![0; layout.cluster() as usize];
+            match table[last] {
+                TableEntry::Data(at) => {
+                    let old = self.disk.read_exactly(at, layout.cluster()).await.map_err(io(self.path))?;
+                    bytes[..inside / 8].copy_from_slice(&old[..inside / 8]);
+                    if !inside.is_multiple_of(8) {
+                        bytes[inside / 8] = old[inside / 8] & ((1 << (inside % 8)) - 1);
+                    }
+                    self.old.push((at, layout.cluster()));
+                }
+                _ => bitmap::set_bits(&mut bytes, 0, inside),
+            }
+            table[last] = TableEntry::Data(self.write_new(&bytes, "bitmap data").await?);
+        }
+        bitmap.table = self.write_new(&bitmap::build_table(&table), "bitmap table").await?;
+        bitmap.table_entries = entries as u32;
+        Ok(())
     }
 
     /// Gives `target` new clusters that hold its bits and the source's.

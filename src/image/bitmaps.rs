@@ -1,6 +1,6 @@
 //! Persistent dirty bitmaps of the exported layer: found when it is opened, kept up to date, read.
 //!
-//! From the first write on the enabled bitmaps are marked `in_use` in the image, and what is written is noted in memory.
+//! From the first writer on the enabled bitmaps are marked `in_use` in the image, and what is written is noted in memory.
 //! When the image is settled ([`Disk::settle`]: the last writer has left) the notes are merged into the stored bits, and
 //! only when those are durable the marks go. A crash in between leaves bitmaps that say of themselves that they must not
 //! be used; such a bitmap is reported, left as it is, and never taken for good again.
@@ -47,8 +47,7 @@ pub(super) struct Stored {
 
 /// What was written since the bits were last stored.
 struct Noted {
-    /// The tracked bitmaps are marked as in use, durably.
-    active: bool,
+    state: State,
     tracker: Tracker,
 }
 
@@ -84,6 +83,17 @@ impl Plan {
             }
         }
     }
+}
+
+/// Whether changes are noted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The bitmaps must be marked as in use first.
+    Asleep,
+    /// They are marked, durably.
+    Active,
+    /// They are marked, and none is kept any more.
+    Retired,
 }
 
 /// What became of a note.
@@ -189,17 +199,18 @@ async fn try_load(
     let tracked: Vec<usize> = (0..list.len()).filter(|&i| good(&list[i])).collect();
     let tracker = Tracker::new(tracked.iter().map(|&i| list[i].granularity_bits));
     let stored = Stored { directory: extension.directory_offset, list, tracked };
-    let noted = Mutex::new(Noted { active: false, tracker });
+    let noted = Mutex::new(Noted { state: State::Asleep, tracker });
     Ok(Some(Bitmaps { stored: tokio::sync::Mutex::new(stored), noted }))
 }
 
 impl Bitmaps {
     fn note(&self, range: ByteRange) -> Note {
         let mut noted = unpoisoned(&self.noted);
-        if !noted.active {
-            return Note::Asleep;
+        match noted.state {
+            State::Asleep => return Note::Asleep,
+            State::Retired => return Note::Taken,
+            State::Active => noted.tracker.mark(range),
         }
-        noted.tracker.mark(range);
         if noted.tracker.len() > MAX_RANGES { Note::Full } else { Note::Taken }
     }
 }
@@ -240,11 +251,19 @@ impl Disk {
         }
     }
 
+    /// Marks the enabled bitmaps as in use, before the first write: for a writer that has come in.
+    pub async fn mark_bitmaps(&self) -> Result<(), Errno> {
+        match self.bitmaps() {
+            Some(bitmaps) => self.wake(bitmaps).await,
+            None => Ok(()),
+        }
+    }
+
     /// Marks every enabled bitmap as in use, before the first write. One that is not kept up to date is marked too: it
     /// is outdated from now on.
     async fn wake(&self, bitmaps: &Bitmaps) -> Result<(), Errno> {
         let mut stored = bitmaps.stored.lock().await;
-        if unpoisoned(&bitmaps.noted).active {
+        if unpoisoned(&bitmaps.noted).state != State::Asleep {
             return Ok(());
         }
         if self.metadata().broken().is_some() {
@@ -254,14 +273,28 @@ impl Disk {
         list.iter_mut().filter(|b| b.has(flag::AUTO)).for_each(|b| b.flags |= flag::IN_USE);
         self.write_directory(stored.directory, &list).await?;
         stored.list = list;
-        unpoisoned(&bitmaps.noted).active = true;
+        unpoisoned(&bitmaps.noted).state = State::Active;
         Ok(())
     }
 
-    async fn write_directory(&self, at: HostOffset, list: &[Bitmap]) -> Result<(), Errno> {
+    pub(super) async fn write_directory(&self, at: HostOffset, list: &[Bitmap]) -> Result<(), Errno> {
         // in place: only flags change, and no flag lies on both sides of a sector's border
         self.write_pieces(&[(at, bitmap::build(list))]).await?;
         self.barrier().await
+    }
+
+    /// Stores the bitmaps, marks all of them as in use and keeps none any more: somebody is about to replace them. Returns
+    /// where the directory is and what it held before.
+    pub(super) async fn retire_bitmaps(&self) -> Result<Option<(HostOffset, Vec<Bitmap>)>, Errno> {
+        let Some(bitmaps) = self.bitmaps() else { return Ok(None) };
+        self.store_bitmaps().await;
+        let mut stored = bitmaps.stored.lock().await;
+        let before = stored.list.clone();
+        stored.list.iter_mut().for_each(|b| b.flags |= flag::IN_USE);
+        stored.tracked.clear();
+        self.write_directory(stored.directory, &stored.list).await?;
+        unpoisoned(&bitmaps.noted).state = State::Retired;
+        Ok(Some((stored.directory, before)))
     }
 
     /// Merges what was noted into the image although more will come, so that the notes stay small.
@@ -285,11 +318,11 @@ impl Disk {
         loop {
             let taken = {
                 let mut noted = unpoisoned(&bitmaps.noted);
-                if !noted.active {
+                if noted.state != State::Active {
                     return false;
                 }
                 if noted.tracker.is_empty() {
-                    noted.active = false; // who writes from here on marks the bitmaps again, when we are done
+                    noted.state = State::Asleep; // who writes from here on marks the bitmaps again, when we are done
                     break;
                 }
                 noted.tracker.take()

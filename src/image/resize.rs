@@ -7,7 +7,7 @@
 
 use super::change::{self, failed};
 use super::shared::{Layer, Storage};
-use super::{Disk, Error, Format, Progress};
+use super::{Disk, Error, Format, Progress, bitmap_edit};
 use crate::block::{BlockDev, Errno};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::header::field;
@@ -76,11 +76,29 @@ pub fn resize(
         let disk = change::begin(image)?;
         match format {
             Format::Raw => set_len(path, &disk.image().layers[0].storage, new)?,
-            // on a failure nothing is flushed: what was prepared behind the old end is no part of the image on disk, and
-            // a flush that finds no space would leave its clusters counted
-            Format::Qcow2 if new > old => grow(&disk, new, progress).await?,
+            Format::Qcow2 if new > old => {
+                let bitmaps = bitmap_edit::begin_resize(&disk, new).await?;
+                let grown = grow(&disk, new, progress).await;
+                match (grown, bitmaps) {
+                    (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(&disk, bitmaps).await?,
+                    // nothing is flushed: what was prepared behind the old end is no part of the image on disk, and a
+                    // flush that finds no space would leave its clusters counted
+                    (Err(e), Some(bitmaps)) => {
+                        bitmap_edit::give_up_resize(&disk, bitmaps).await;
+                        return Err(e);
+                    }
+                    (grown, None) => grown?,
+                }
+            }
             Format::Qcow2 => {
-                let done = shorten(&disk, new, progress).await;
+                let bitmaps = match new != old {
+                    true => bitmap_edit::begin_resize(&disk, new).await?,
+                    false => None,
+                };
+                let done = match (shorten(&disk, new, progress).await, bitmaps) {
+                    (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(&disk, bitmaps).await,
+                    (done, _) => done,
+                };
                 change::after(&disk, done).await?;
             }
         }
@@ -124,13 +142,6 @@ fn check(layer: &Layer, old: u64, new: u64) -> Result<(), Error> {
     let max = (MAX_L1_BYTES / 8).saturating_mul(md.layout().l2_coverage()).min(MAX_SIZE);
     if new > max {
         return refuse(format!("at most {max} bytes are possible with its cluster size"));
-    }
-    if new != old && parsed.header.bitmaps.is_some() {
-        return refuse(
-            "its dirty bitmaps would not fit the new size; remove them with `cowgate image bitmap remove`, and add new \
-             ones when it is resized"
-                .to_owned(),
-        );
     }
     if new != old && parsed.header.snapshots > 0 && md.layout().version < 3 {
         return refuse(
