@@ -145,7 +145,8 @@ fn make(case: &Case, seed: &mut Seed) -> (Files, Vec<u8>) {
         if let Some(backing) = &backing {
             std::fs::write(&raw, backing).unwrap();
             create.args(["-b", "raw", "-F", "raw"]);
-            content[..backing.len()].copy_from_slice(backing);
+            let seen = backing.len().min(content.len());
+            content[..seen].copy_from_slice(&backing[..seen]);
         }
         qemu::run(create.arg(&path).arg(case.size.to_string()));
     }
@@ -374,4 +375,68 @@ cases! {
 fn a_lying_disk_is_caught() {
     let caught = (0..3).filter(|&seed| run_case(&CASES[1], seed, true).is_err()).count();
     assert_eq!(caught, 3);
+}
+
+/// Resizing moves the L1 table: a crash leaves the old disk or the new one, whole.
+#[test]
+fn resizing() {
+    let cases = [
+        Case { name: "512", options: "cluster_size=512", size: 1 << 20, ..PLAIN },
+        Case {
+            name: "512-overlay",
+            options: "cluster_size=512,refcount_bits=64",
+            size: 1 << 20,
+            backing: Some(3 << 20),
+            ..PLAIN
+        },
+        Case { name: "snapshot", options: "cluster_size=512", size: 1 << 20, snapshot: true, ..PLAIN },
+        Case { name: "subclusters", options: "cluster_size=16384,extended_l2=on", size: 1 << 20, ..PLAIN },
+    ];
+    for case in cases {
+        let seed = std::env::var("COWGATE_SEED").map_or_else(|_| rand::random(), |s| s.parse().unwrap());
+        println!("case {} seed {seed}", case.name);
+        ring::run(resize_case(&case, seed)).unwrap();
+    }
+}
+
+async fn resize_case(case: &Case, seed: u64) {
+    let mut dice = Seed::new(seed);
+    let (files, mut content) = make(case, &mut dice);
+    let backing = files.backing.clone();
+    let dir = tempfile::tempdir().unwrap();
+    let mut image = files.image;
+    let steps: [u64; 4] = [(2 << 20) + 512, 7 << 20, (5 << 20) + 1536, 600 << 10];
+    for size in steps {
+        let Opened { image: opened, top, .. } = open(Files { image, data: None, backing: backing.clone() }, seed).await;
+        let states = Arc::new(Mutex::new(Vec::new()));
+        opened.begin_writing().unwrap();
+        let disk = Disk::open(Arc::clone(&opened), true).unwrap();
+        let at = dice.below(content.len() as u64 - 70_000);
+        let bytes = noise(&mut dice, 60_000);
+        content[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        disk.write(GuestOffset(at), PageBuf::copy_of(&bytes)).await.0.unwrap();
+        disk.settle().await.unwrap();
+        let (kept, mut cuts) = (Arc::clone(&states), Seed::new(dice.draw()));
+        top.on_barrier(move |top| {
+            for _ in 0..CUTS * 3 {
+                kept.lock().unwrap().push(top.crash(&mut cuts));
+            }
+        });
+        cowgate::image::resize::resize_open(&disk, size, &|_, _| {}).await.unwrap();
+        let old = content.clone();
+        content.resize(size as usize, 0);
+        let states = std::mem::take(&mut *states.lock().unwrap());
+        assert!(!states.is_empty());
+        for (i, image) in states.into_iter().chain([top.content()]).enumerate() {
+            let files = Files { image, data: None, backing: backing.clone() };
+            let what = format!("{} to {size}: crash state {i}", case.name);
+            check(dir.path(), &files, true).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let image = open(files, 1).await.image;
+            let disk = Disk::open(Arc::clone(&image), false).unwrap();
+            let (read, found) = disk.read(GuestOffset(0), PageBuf::new(image.size() as usize)).await;
+            read.unwrap();
+            assert!(found[..] == old[..] || found[..] == content[..], "{what}: neither the old disk nor the new");
+        }
+        image = top.content();
+    }
 }

@@ -14,8 +14,10 @@ use common::operations::{Model, Op, noise};
 use common::qemu;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 /// Tests that the combinations are spread over, so that they run at the same time.
 const PARTS: usize = 4;
@@ -239,11 +241,24 @@ fn run(features: &Features, seed: u64) {
     assert!(!log.contains("ERROR") && !log.contains("panicked"), "{log}");
 }
 
+/// One seed for all parts, so that together they run all of a design, also when each is a process of its own.
+fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    if let Ok(fixed) = std::env::var("COWGATE_SEED") {
+        return fixed.parse().expect("COWGATE_SEED is a number");
+    }
+    if let Ok(run) = std::env::var("NEXTEST_RUN_ID") {
+        let mut hasher = DefaultHasher::new();
+        run.hash(&mut hasher);
+        return hasher.finish() >> 16;
+    }
+    *SEED.get_or_init(|| rand::random::<u64>() >> 16)
+}
+
 /// Runs one part of the combinations.
 fn run_part(part: usize) {
-    let fixed = std::env::var("COWGATE_SEED").ok().map(|s| s.parse().expect("COWGATE_SEED is a number"));
     let rounds: u64 = std::env::var("COWGATE_ROUNDS").map_or(1, |s| s.parse().expect("COWGATE_ROUNDS is a number"));
-    let first: u64 = fixed.unwrap_or_else(|| rand::random::<u64>() >> 16);
+    let first = seed();
     for seed in first..first + rounds {
         let design = features::covering(&mut SmallRng::seed_from_u64(seed));
         println!("seed {seed}: {} combinations", design.len());
@@ -271,4 +286,16 @@ fn twins_part_3() {
 #[test]
 fn twins_part_4() {
     run_part(3);
+}
+
+/// What the combinations are for: every two values that can meet do meet.
+#[test]
+fn every_pair_is_in_the_design() {
+    let design = features::covering(&mut SmallRng::seed_from_u64(seed()));
+    assert!(design.iter().all(Features::valid));
+    for one in features::all() {
+        for pair in one.pairs() {
+            assert!(design.iter().any(|f| f.pairs().any(|p| p == pair)), "{one}: {pair:?}");
+        }
+    }
 }

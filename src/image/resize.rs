@@ -76,31 +76,7 @@ pub fn resize(
         let disk = change::begin(image)?;
         match format {
             Format::Raw => set_len(path, &disk.image().layers[0].storage, new)?,
-            Format::Qcow2 if new > old => {
-                let bitmaps = bitmap_edit::begin_resize(&disk, new).await?;
-                let grown = grow(&disk, new, progress).await;
-                match (grown, bitmaps) {
-                    (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(&disk, bitmaps).await?,
-                    // nothing is flushed: what was prepared behind the old end is no part of the image on disk, and a
-                    // flush that finds no space would leave its clusters counted
-                    (Err(e), Some(bitmaps)) => {
-                        bitmap_edit::give_up_resize(&disk, bitmaps).await;
-                        return Err(e);
-                    }
-                    (grown, None) => grown?,
-                }
-            }
-            Format::Qcow2 => {
-                let bitmaps = match new != old {
-                    true => bitmap_edit::begin_resize(&disk, new).await?,
-                    false => None,
-                };
-                let done = match (shorten(&disk, new, progress).await, bitmaps) {
-                    (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(&disk, bitmaps).await,
-                    (done, _) => done,
-                };
-                change::after(&disk, done).await?;
-            }
+            Format::Qcow2 => resize_open(&disk, new, progress).await?,
         }
         Ok(Resized { filename: path.to_owned(), format, old_virtual_size: old, virtual_size: new })
     })
@@ -158,6 +134,32 @@ fn set_len(path: &Path, storage: &Storage, len: u64) -> Result<(), Error> {
         return Ok(());
     }
     storage.set_len(len).map_err(Error::io(path, "change its length"))
+}
+
+/// Resizes a QCOW2 image that is open for writing and that nobody else uses; the size is not judged.
+pub async fn resize_open(disk: &Disk, new: u64, progress: Progress<'_>) -> Result<(), Error> {
+    let old = disk.image().size();
+    let bitmaps = match new != old {
+        true => bitmap_edit::begin_resize(disk, new).await?,
+        false => None,
+    };
+    if new > old {
+        return match (grow(disk, new, progress).await, bitmaps) {
+            (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(disk, bitmaps).await,
+            // nothing is flushed: what was prepared behind the old end is no part of the image on disk, and a flush that
+            // finds no space would leave its clusters counted
+            (Err(e), Some(bitmaps)) => {
+                bitmap_edit::give_up_resize(disk, bitmaps).await;
+                Err(e)
+            }
+            (grown, None) => grown,
+        };
+    }
+    let done = match (shorten(disk, new, progress).await, bitmaps) {
+        (Ok(()), Some(bitmaps)) => bitmap_edit::end_resize(disk, bitmaps).await,
+        (done, _) => done,
+    };
+    change::after(disk, done).await
 }
 
 async fn grow(disk: &Disk, new: u64, progress: Progress<'_>) -> Result<(), Error> {

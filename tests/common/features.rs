@@ -135,7 +135,8 @@ impl Features {
         ]
     }
 
-    fn pairs(&self) -> impl Iterator<Item = (usize, u32, usize, u32)> {
+    /// Each two values together.
+    pub fn pairs(&self) -> impl Iterator<Item = (usize, u32, usize, u32)> {
         let values = self.values();
         (0..values.len()).flat_map(move |i| (0..i).map(move |j| (i, values[i], j, values[j])))
     }
