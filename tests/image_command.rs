@@ -226,3 +226,22 @@ fn what_cannot_be_created_is_refused_in_words() {
     let left: Vec<_> = std::fs::read_dir(directory).expect("list").map(|e| e.expect("entry").file_name()).collect();
     assert_eq!(left, ["base.raw"], "nothing is left behind");
 }
+
+#[test]
+fn commands_that_make_and_change_print_json_when_asked() {
+    let directory = tempfile::tempdir().expect("directory");
+    let directory = directory.path();
+    let json = |arguments: &str| -> serde_json::Value {
+        serde_json::from_str(&cowgate(directory, arguments).expect(arguments)).expect(arguments)
+    };
+    let made = json("create --size 8M --json a.qcow2");
+    assert_eq!(made, json("info --json a.qcow2"));
+    assert_eq!(json("bitmap add --json a.qcow2 b")[0]["name"], "b");
+    assert_eq!(json("bitmap disable --json a.qcow2 b"), json("bitmap list --json a.qcow2"));
+    assert_eq!(json("bitmap remove --json a.qcow2 b"), serde_json::json!([]));
+    assert_eq!(json("resize --json a.qcow2 16M")["virtual-size"], 16 << 20);
+    assert_eq!(json("check --json a.qcow2")["check-errors"], 0);
+    assert_eq!(json("map --json a.qcow2")[0]["length"], 16 << 20);
+    assert_eq!(json("convert --json a.qcow2 b.raw")["virtual-size"], 16 << 20);
+    assert_eq!(json("compare --json a.qcow2 b.raw")["same"], true);
+}

@@ -60,6 +60,9 @@ struct Which {
     file: PathBuf,
     /// The bitmap
     name: String,
+    /// Print the image's bitmaps afterwards as JSON, as `list --json` does
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
@@ -77,7 +80,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
         }
     };
     edit(&which.file, &which.name, &change).map_err(|e| e.to_string())?;
-    Ok(ExitCode::SUCCESS)
+    match which.json {
+        true => show(&list(&which.file).map_err(|e| e.to_string())?, true),
+        false => Ok(ExitCode::SUCCESS),
+    }
 }
 
 fn show(bitmaps: &[BitmapInfo], json: bool) -> Result<ExitCode, String> {

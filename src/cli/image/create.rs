@@ -1,9 +1,11 @@
 //! `cowgate image create`.
 
 use super::features;
+use crate::cli::progress::print_json;
 use crate::cli::size;
 use crate::image::Format;
 use crate::image::create::{CreateOptions, create};
+use crate::image::info::info;
 use crate::qcow2::compress::Compression;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,6 +37,9 @@ pub(in crate::cli) struct Args {
     /// Replace FILE, and the data file, if they exist
     #[arg(long)]
     force: bool,
+    /// Print what was made as JSON, as `cowgate image info --json` does
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
@@ -48,5 +53,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
         force: args.force,
     };
     create(&options).map_err(|e| e.to_string())?;
+    if args.json {
+        print_json(&info(&args.file, Some(Format::Qcow2)).map_err(|e| e.to_string())?)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
