@@ -13,7 +13,7 @@ use crate::qcow2::{
 use crate::ring;
 use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
 use futures_util::future::join_all;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, Stream, StreamExt};
 use std::cell::Cell;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, MutexGuard};
@@ -233,17 +233,8 @@ impl Disk {
         for piece in pieces {
             cut.push((piece, buf.split_to(piece.range.len() as usize)));
         }
-        let mut reads = stream::iter(cut).map(|(piece, part)| self.read_piece(piece, part)).buffered(PIECES_IN_FLIGHT);
-        let mut result = Ok(());
-        let mut whole: Option<PageBuf> = None;
-        while let Some((read, part)) = reads.next().await {
-            result = result.and(read);
-            match &mut whole {
-                Some(whole) => whole.unsplit(part),
-                None => whole = Some(part),
-            }
-        }
-        (result, whole.unwrap_or(buf))
+        let reads = stream::iter(cut).map(|(piece, part)| self.read_piece(piece, part)).buffered(PIECES_IN_FLIGHT);
+        join_parts(reads, buf).await
     }
 
     async fn read_piece(&self, piece: Piece, mut buf: PageBuf) -> (Result<(), Errno>, PageBuf) {
@@ -601,6 +592,24 @@ impl Disk {
             me.writing_back.set(false);
         });
     }
+}
+
+/// The buffer that adjacent parts come from, in order, and the first error; `empty` when there are none.
+pub(super) async fn join_parts(
+    parts: impl Stream<Item = (Result<(), Errno>, PageBuf)>,
+    empty: PageBuf,
+) -> (Result<(), Errno>, PageBuf) {
+    let mut parts = std::pin::pin!(parts);
+    let mut result = Ok(());
+    let mut whole: Option<PageBuf> = None;
+    while let Some((done, part)) = parts.next().await {
+        result = result.and(done);
+        match &mut whole {
+            Some(whole) => whole.unsplit(part),
+            None => whole = Some(part),
+        }
+    }
+    (result, whole.unwrap_or(empty))
 }
 
 /// Appends a piece, joined to the last where they continue each other.

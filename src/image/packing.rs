@@ -1,7 +1,7 @@
 //! Compressed writing: full clusters are packed on a pool of threads beside the workers and stored side by side;
 //! everything else is written plainly.
 
-use super::disk::Disk;
+use super::disk::{Disk, join_parts};
 use super::shared::Content;
 use crate::block::{BlockDev, Errno, ZeroFlags};
 use crate::pagebuf::{PageBuf, is_zero};
@@ -70,7 +70,7 @@ impl Disk {
         }
         parts.push((next, buf, false));
         let in_flight = (IN_FLIGHT_BYTES / cluster).max(1) as usize;
-        let mut writes = stream::iter(parts)
+        let writes = stream::iter(parts)
             .filter(|(_, part, _)| std::future::ready(!part.is_empty()))
             .map(|(at, part, full)| async move {
                 match full {
@@ -79,16 +79,7 @@ impl Disk {
                 }
             })
             .buffered(in_flight);
-        let mut result = Ok(());
-        let mut whole: Option<PageBuf> = None;
-        while let Some((written, part)) = writes.next().await {
-            result = result.and(written);
-            match &mut whole {
-                Some(whole) => whole.unsplit(part),
-                None => whole = Some(part),
-            }
-        }
-        (result, whole.unwrap_or_else(|| PageBuf::new(0)))
+        join_parts(writes, PageBuf::new(0)).await
     }
 
     /// Writes one cluster, which at the disk's end may be cut short.
