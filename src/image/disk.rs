@@ -177,7 +177,8 @@ impl Disk {
         }
     }
 
-    /// Resolves a range through the chain, at most `limit` pieces from its start.
+    /// Resolves a range through the chain, at most `limit` pieces from its start, and fewer when that takes long: runs that
+    /// are joined cost too.
     async fn resolve(&self, range: ByteRange, limit: usize) -> Result<Vec<Piece>, Errno> {
         let mut pieces: Vec<Piece> = Vec::new();
         // what is still to be resolved, last first: (layer, range)
@@ -187,7 +188,7 @@ impl Disk {
             if range.is_empty() {
                 continue;
             }
-            if pieces.len() >= limit {
+            if pieces.len() >= limit || (!pieces.is_empty() && decisions >= limit.saturating_mul(TURN)) {
                 break;
             }
             decisions += 1;
@@ -692,7 +693,10 @@ impl BlockDev for Disk {
         let mut extents: Vec<Extent> = Vec::new();
         let mut rest = r;
         // a batch at a time: who wants one extent of a fragmented disk does not wait for all of them
-        while !rest.is_empty() && extents.len() <= most {
+        for _ in 0..MAX_EXTENTS / EXTENT_BATCH {
+            if rest.is_empty() || extents.len() > most {
+                break;
+            }
             for piece in self.resolve(rest, EXTENT_BATCH).await? {
                 rest = rest.skip(piece.range.len());
                 match piece.from {

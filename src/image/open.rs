@@ -28,6 +28,8 @@ use std::sync::{Arc, Mutex};
 
 /// Longest chain, in layers.
 pub const MAX_CHAIN: usize = 256;
+/// Most bytes of L1 tables of a chain: they are held in memory as a whole.
+const MAX_CHAIN_L1_BYTES: u64 = 256 << 20;
 /// Most memory for the cached tables of an image that asks for none, in bytes: QEMU's default.
 pub const CACHE_BYTES: u64 = 32 << 20;
 /// Least memory for the cached tables of one layer, in bytes.
@@ -173,12 +175,26 @@ impl Opener {
         let exported = self.real.clone();
         let mut found: Vec<(Opener, Option<Parsed>)> = Vec::new();
         let mut next = Some((self, format));
+        let mut l1_bytes = 0;
         while let Some((opener, format)) = next.take() {
             lock::share(&opener.file).map_err(|refused| locked(&opener.path, refused))?;
-            let parsed = match format {
+            let mut parsed = match format {
                 Format::Raw => None,
                 Format::Qcow2 => Some(opener.parse().await?),
             };
+            if let Some(parsed) = &mut parsed {
+                l1_bytes += u64::from(parsed.header.l1_entries) * 8;
+                if l1_bytes > MAX_CHAIN_L1_BYTES {
+                    let why = format!(
+                        "the L1 tables of the chain down to here take {l1_bytes} bytes, at most {MAX_CHAIN_L1_BYTES} are \
+                         held in memory; merge some layers with `qemu-img commit`"
+                    );
+                    return Err(Error::Broken { path: opener.path, why });
+                }
+                if !found.is_empty() {
+                    parsed.snapshots = Vec::new(); // nobody asks a layer that is only read for them
+                }
+            }
             found.push((opener, parsed));
             if alone.is_some() {
                 break;

@@ -224,7 +224,7 @@ impl Metadata {
     fn take(&mut self, first: u64, count: u64) -> Result<Run, Stop> {
         let bits = self.layout.cluster_bits;
         for cluster in first..first + count {
-            if let Some(&structure) = self.structures.get(&cluster) {
+            if let Some(structure) = self.structures.get(cluster) {
                 return Err(refcount_zero(structure, cluster << bits).into());
             }
         }
@@ -249,7 +249,7 @@ impl Metadata {
     /// Makes the refcount block that describes `cluster`, in that cluster.
     fn create_refblock(&mut self, cluster: u64) -> Result<(), Stop> {
         let layout = self.layout;
-        if let Some(&structure) = self.structures.get(&cluster) {
+        if let Some(structure) = self.structures.get(cluster) {
             return Err(refcount_zero(structure, cluster << layout.cluster_bits).into());
         }
         let at = cluster << layout.cluster_bits;
@@ -308,14 +308,14 @@ impl Metadata {
         Ok(())
     }
 
-    /// Allocates `count` contiguous clusters behind everything that has a refcount block, with the blocks that
-    /// describe them. Returns the index of the first.
+    /// Allocates `count` contiguous clusters where no refcount block describes any yet, with the blocks that describe
+    /// them. Returns the index of the first.
     fn new_region(&mut self, count: u64) -> Result<u64, Stop> {
         let layout = self.layout;
         let per_block = layout.refblock_entries();
-        let first_block = self.blocks_in_use();
-        let first = first_block * per_block;
         let blocks = self.blocks_for_region(count);
+        let first_block = self.blocks_to_make(blocks);
+        let first = first_block * per_block;
         if first_block + blocks > self.reftable.entries.len() as u64 {
             self.grow_reftable()?;
             return self.new_region(count);
@@ -325,7 +325,7 @@ impl Metadata {
         }
         let used = blocks + count;
         for cluster in first..first + used {
-            if let Some(&structure) = self.structures.get(&cluster) {
+            if let Some(structure) = self.structures.get(cluster) {
                 return Err(refcount_zero(structure, cluster << layout.cluster_bits).into());
             }
         }
@@ -343,6 +343,20 @@ impl Metadata {
     /// Entries of the refcount table up to the last that names a block.
     fn blocks_in_use(&self) -> u64 {
         self.reftable.entries.iter().rposition(|&e| e != 0).map_or(0, |i| i as u64 + 1)
+    }
+
+    /// Where so many entries of the refcount table name no block, one after the other: the first such place, as one entry
+    /// far out must not make the file grow to there. May run past the end of the table.
+    fn blocks_to_make(&self, blocks: u64) -> u64 {
+        let mut first = 0;
+        for (i, &entry) in self.reftable.entries.iter().enumerate() {
+            if entry != 0 {
+                first = i as u64 + 1;
+            } else if i as u64 + 1 - first == blocks {
+                break;
+            }
+        }
+        first
     }
 
     /// Refcount blocks that describe themselves and `count` clusters behind them.
@@ -397,7 +411,7 @@ impl Metadata {
     /// A cluster nobody refers to can be allocated again.
     pub(super) fn reuse(&mut self, cluster: u64) {
         let bits = self.layout.cluster_bits;
-        self.structures.remove(&cluster);
+        self.structures.remove(cluster);
         self.tables.forget(cluster << bits, 1 << bits);
         if cluster >= self.cursor {
             return; // the cursor will come by

@@ -403,25 +403,23 @@ impl Metadata {
     /// contradiction told, when one of them holds something else or two claim the same.
     pub fn adopt(&mut self, places: &[(u64, u64, &'static str)]) -> Result<(), String> {
         let layout = self.layout;
-        let mut clusters = Vec::new();
+        let mut runs = Vec::new();
         for &(at, len, name) in places {
             if at.checked_add(len).is_none_or(|end| end > self.file_end) || at % layout.cluster() != 0 {
                 return Err(format!("{name} at byte {at} runs past the end of the file"));
             }
-            clusters.extend((at >> layout.cluster_bits..(at + len).div_ceil(layout.cluster())).map(|c| (c, name)));
+            runs.push((at >> layout.cluster_bits, layout.clusters_for(len), name));
         }
-        clusters.sort_unstable();
-        for (i, &(cluster, name)) in clusters.iter().enumerate() {
-            let other = match clusters.get(i + 1) {
-                Some(&(next, other)) if next == cluster => Some(other),
-                _ => self.structures.get(&cluster).copied(),
-            };
-            if let Some(other) = other {
+        for (i, &(first, count, name)) in runs.iter().enumerate() {
+            if let Err(cluster) = self.structures.insert(first, count, name) {
+                let other = self.structures.get(cluster).unwrap_or("bitmap");
+                for &(first, count, _) in &runs[..i] {
+                    (first..first + count).for_each(|noted| self.structures.remove(noted));
+                }
                 let at = cluster << layout.cluster_bits;
                 return Err(format!("{name} at byte {at}: its cluster holds another structure too ({other})"));
             }
         }
-        self.structures.extend(clusters);
         Ok(())
     }
 }

@@ -15,6 +15,8 @@ pub enum Compression {
 pub const SECTOR: usize = 512;
 /// log2 of the deflate window: QEMU unpacks with this one.
 const WINDOW_BITS: u8 = 12;
+/// log2 of the largest zstd window we unpack with: what every zstd decoder is expected to support.
+const WINDOW_LOG_MAX: u32 = 23;
 
 impl Compression {
     /// QEMU's word for it.
@@ -70,8 +72,10 @@ pub fn unpack(kind: Compression, packed: &[u8], out: &mut [u8]) -> Result<(), &'
 }
 
 fn unpack_zstd(packed: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
-    use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+    use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
     let mut decoder = Decoder::new().map_err(|_| "no memory for the zstd decoder")?;
+    // a frame may ask for a window of 128 MiB; what packs clusters of at most 2 MiB needs none above 8
+    decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).map_err(|_| "no memory for the zstd decoder")?;
     let mut input = InBuffer::around(packed);
     let size = out.len();
     let mut output = OutBuffer::around(out);

@@ -54,16 +54,13 @@ impl HeaderArea {
         Ok(HeaderArea { fixed: bytes[..fixed_len].to_vec(), extensions, backing, used, cluster })
     }
 
-    /// Sets, replaces or removes an extension. A new one goes behind the others.
+    /// Sets, replaces or removes an extension. A new one goes behind the others; of several of one type, of which readers
+    /// take the last, one is left.
     pub fn set_extension(&mut self, id: u32, data: Option<Vec<u8>>) {
-        let place = self.extensions.iter().position(|e| e.id == id);
-        match (place, data) {
-            (Some(i), Some(data)) => self.extensions[i].data = data,
-            (Some(i), None) => {
-                self.extensions.remove(i);
-            }
-            (None, Some(data)) => self.extensions.push(Extension { id, data }),
-            (None, None) => {}
+        let place = self.extensions.iter().position(|e| e.id == id).unwrap_or(self.extensions.len());
+        self.extensions.retain(|e| e.id != id);
+        if let Some(data) = data {
+            self.extensions.insert(place, Extension { id, data });
         }
     }
 
@@ -158,6 +155,22 @@ mod tests {
         assert_eq!(header.backing_file.as_deref(), Some(&b"b"[..]));
         assert_eq!(header.backing_format.as_deref(), Some("raw"));
         assert!(!bytes.windows(6).any(|w| w == b"a-long"), "nothing of the old name is left");
+    }
+
+    #[test]
+    fn of_extensions_that_are_there_twice_none_outlives_a_change() {
+        let mut bytes = fresh(None);
+        let start = u32::from_be_bytes(bytes[100..104].try_into().unwrap()) as usize;
+        let twice =
+            [b"\xe2\x79\x2a\xca\0\0\0\x03one\0\0\0\0\0", &b"\xe2\x79\x2a\xca\0\0\0\x03two\0\0\0\0\0"[..]].concat();
+        bytes[start..start + twice.len()].copy_from_slice(&twice);
+        bytes[start + twice.len()..].fill(0);
+        let mut area = HeaderArea::parse(&bytes).unwrap();
+        area.set_backing(Some((b"b".to_vec(), "raw".to_owned())));
+        let header = Header::parse(&area.to_bytes().unwrap()).unwrap();
+        assert_eq!(header.backing_format.as_deref(), Some("raw"));
+        area.set_backing(None);
+        assert_eq!(Header::parse(&area.to_bytes().unwrap()).unwrap().backing_format, None);
     }
 
     #[test]

@@ -11,11 +11,12 @@
 use super::entry::{COPIED, CompressedRange, Entry, Mixed, OFFSET_MASK, RawEntry};
 use super::header::Header;
 use super::layout::{Layout, MAX_HOST_OFFSET, SUBCLUSTERS};
+use super::places::Places;
 use super::tables::{Table, TableKind, Tables};
 use super::writeback::Cycle;
 use crate::block::Errno;
 use crate::units::{ByteRange, HostOffset};
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use thiserror::Error;
 
 /// A structure of the image contradicts the format.
@@ -148,7 +149,7 @@ pub struct Metadata {
     pub(super) reftable: Root,
     pub(super) tables: Tables,
     /// Clusters that hold metadata, by index: guest data is never written there.
-    pub(super) structures: HashMap<u64, &'static str>,
+    pub(super) structures: Places,
     /// Autoclear feature bits that must go before the first write.
     pub(super) autoclear: u64,
     /// Autoclear feature bits that stay as they are.
@@ -207,8 +208,8 @@ impl Metadata {
             backing_size: around.backing_size,
             l1: Root::new(header.l1_offset, l1),
             reftable: Root::new(header.reftable_offset, reftable),
-            tables: Tables::new(layout.slice(), around.cache_bytes),
-            structures: HashMap::new(),
+            tables: Tables::new(layout.slice(), around.cache_bytes, layout.cluster()),
+            structures: Places::default(),
             autoclear: header.autoclear & !around.maintained,
             kept: header.autoclear & around.maintained,
             first_write: false,
@@ -239,7 +240,9 @@ impl Metadata {
                 md.note_structure(at, layout.cluster(), "refcount block");
             }
         }
-        for i in 0..md.l1.entries.len() {
+        // without refcounts it is only read: a layer of a chain
+        let written = !md.reftable.entries.is_empty();
+        for i in 0..if written { md.l1.entries.len() } else { 0 } {
             let at = md.l1.entries[i] & OFFSET_MASK;
             if at != 0 {
                 md.note_structure(at, layout.cluster(), "L2 table");
@@ -279,6 +282,11 @@ impl Metadata {
     /// The corruption that ended writing, if any.
     pub fn broken(&self) -> Option<&Corrupt> {
         self.broken.as_ref()
+    }
+
+    /// What a host cluster holds, when that is metadata.
+    pub fn structure(&self, cluster: u64) -> Option<&'static str> {
+        self.structures.get(cluster)
     }
 
     /// Ends writing to this image. True for the first report, which the caller logs.
@@ -408,7 +416,7 @@ impl Metadata {
     }
 
     /// The part of `range` from its start that no L2 table maps.
-    fn unmapped_run(&self, range: ByteRange, l1_index: usize) -> ByteRange {
+    pub(super) fn unmapped_run(&self, range: ByteRange, l1_index: usize) -> ByteRange {
         let coverage = self.layout.l2_coverage();
         let absent = |i: &usize| self.l1.entries.get(*i).is_none_or(|e| e & OFFSET_MASK == 0);
         let mut end_index = l1_index + 1;
@@ -487,12 +495,13 @@ impl Metadata {
 
     /// Notes that clusters hold metadata. Two structures in one cluster: no writes to this image.
     pub(super) fn note_structure(&mut self, at: u64, len: u64, name: &'static str) {
+        if self.broken.is_some() {
+            return; // nothing will be written
+        }
         let first = at >> self.layout.cluster_bits;
-        for cluster in first..first.saturating_add(self.layout.clusters_for(len)) {
-            if self.structures.insert(cluster, name).is_some() {
-                let at = cluster << self.layout.cluster_bits;
-                self.break_off_later(Corrupt { structure: name, at, why: "its cluster holds another structure too" });
-            }
+        if let Err(cluster) = self.structures.insert(first, self.layout.clusters_for(len), name) {
+            let at = cluster << self.layout.cluster_bits;
+            self.break_off_later(Corrupt { structure: name, at, why: "its cluster holds another structure too" });
         }
     }
 }

@@ -16,6 +16,7 @@ pub mod header;
 pub mod header_area;
 pub mod layout;
 pub mod metadata;
+mod places;
 pub mod rebuild;
 pub mod references;
 pub mod snapshot;

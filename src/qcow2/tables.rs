@@ -44,18 +44,23 @@ pub(super) struct Tables {
     dirty: [BTreeSet<u64>; 2],
     slice_bytes: u64,
     limit: usize,
+    /// So many slices that could be evicted stay in any case.
+    floor: usize,
     clock: u64,
 }
 
 impl Tables {
-    /// A cache of at most `limit_bytes` of clean slices.
-    pub fn new(slice_bytes: u64, limit_bytes: u64) -> Self {
+    /// A cache of at most `limit_bytes`. Whatever else is in memory, it has room for the slices of a whole table of
+    /// `table_bytes` at once, with some to spare: one that is copied needs them together, and would be loaded for ever.
+    pub fn new(slice_bytes: u64, limit_bytes: u64, table_bytes: u64) -> Self {
+        let table = (table_bytes / slice_bytes) as usize;
         Tables {
             slices: HashMap::new(),
             loading: HashSet::new(),
             dirty: Default::default(),
             slice_bytes,
             limit: (limit_bytes / slice_bytes).max(16) as usize,
+            floor: table + table / 4 + 16,
             clock: 0,
         }
     }
@@ -187,8 +192,14 @@ impl Tables {
             .filter(|(_, s)| !s.dirty && !s.in_flight && s.pins == 0)
             .map(|(&at, s)| (s.used, at))
             .collect();
+        let busy = self.slices.len() - idle.len();
+        let keep = self.limit.saturating_sub(busy).max(self.floor);
+        if idle.len() < keep {
+            return;
+        }
         idle.sort_unstable();
-        for (_, at) in idle.into_iter().take(self.slices.len() - self.limit + self.limit / 8 + 1) {
+        let excess = idle.len() - keep + keep / 8 + 1;
+        for (_, at) in idle.into_iter().take(excess) {
             self.slices.remove(&at);
         }
     }
@@ -213,7 +224,7 @@ mod tests {
 
     #[test]
     fn dirty_flying_and_pinned_slices_stay() {
-        let mut t = Tables::new(512, 0); // the smallest limit: 16 slices
+        let mut t = Tables::new(512, 0, 512); // the smallest limit: 16 slices
         for i in 0..3 {
             load(&mut t, i * 512);
         }
@@ -236,8 +247,20 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_table_fits_beside_what_is_dirty() {
+        let mut t = Tables::new(512, 0, 512 * 512);
+        for round in 0..3 {
+            let base = round << 20;
+            t.create(TableKind::L2, base, &vec![1; 512 * 512]);
+            let at = base + (1 << 19);
+            (0..520).for_each(|i| load(&mut t, at + i * 512));
+            assert!((0..520).all(|i| t.get(at + i * 512).is_some()), "round {round}");
+        }
+    }
+
+    #[test]
     fn a_late_load_never_replaces_a_new_table() {
-        let mut t = Tables::new(512, 0);
+        let mut t = Tables::new(512, 0, 512);
         let table = t.want(TableKind::L2, 0).unwrap();
         assert_eq!(t.want(TableKind::L2, 0), None);
         t.create(TableKind::L2, 0, &[5; 512]);

@@ -235,7 +235,8 @@ impl Metadata {
         }
         let first = guest.0 >> self.layout.cluster_bits;
         let (slice, index) = self.writable_slice(first)?;
-        self.decode(slice, index, first)?;
+        let old = self.decode(slice, index, first)?;
+        self.check_given_up(old)?;
         let Some(place) = self.allocate_packed(len)? else { return Ok(Packed::Plain) };
         let fill = Fill { new: true, whole: true, zero_around: true, untouched: true };
         let range = ByteRange::between(guest.0, guest.0 + cluster);
@@ -311,7 +312,9 @@ impl Metadata {
 
     fn write_kind(&mut self, slice: u64, index: usize, guest_cluster: u64) -> Result<Kind, Corrupt> {
         let zero_below = self.zero_below(guest_cluster);
-        Ok(match self.decode(slice, index, guest_cluster)? {
+        let entry = self.decode(slice, index, guest_cluster)?;
+        self.check_given_up(entry)?;
+        Ok(match entry {
             Entry::Data { host, copied: true } => {
                 self.check_data_place(host)?;
                 Kind::InPlace(host)
@@ -341,7 +344,7 @@ impl Metadata {
         if self.layout.data_file {
             return Ok(()); // nothing but guest data is there
         }
-        let why = if self.structures.contains_key(&(host.0 >> self.layout.cluster_bits)) {
+        let why = if self.structures.get(host.0 >> self.layout.cluster_bits).is_some() {
             "it is guest data by an L2 entry and metadata at the same time"
         } else if host.0 >= self.file_end {
             "an L2 entry places guest data behind the end of the file"
@@ -349,6 +352,28 @@ impl Metadata {
             return Ok(());
         };
         Err(Corrupt { structure: "cluster", at: host.0, why })
+    }
+
+    /// Metadata must not lose its cluster either, because an L2 entry that is replaced says it was guest data.
+    fn check_given_up(&self, entry: Entry) -> Result<(), Corrupt> {
+        let (at, len) = match entry {
+            Entry::Compressed(packed) => (packed.start.0, packed.len),
+            _ if self.layout.data_file => return Ok(()),
+            _ => match entry.host() {
+                Some(host) => (host.0, self.layout.cluster()),
+                None => return Ok(()),
+            },
+        };
+        let bits = self.layout.cluster_bits;
+        let mut clusters = at >> bits..=(at + len - 1) >> bits;
+        match clusters.find(|&cluster| self.structures.get(cluster).is_some()) {
+            Some(cluster) => Err(Corrupt {
+                structure: "cluster",
+                at: cluster << bits,
+                why: "it is guest data by an L2 entry and metadata at the same time",
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Clusters from `first` on that lie one after the other in the file and take the write the same way.
@@ -538,8 +563,8 @@ impl Metadata {
             ZeroMode::Unmap | ZeroMode::Keep | ZeroMode::Discard => self.zero_below(first),
         };
         if unmapped_suffices && self.l2_table(l1_index)?.is_none() {
-            let table_end = (first / layout.l2_entries() + 1) * layout.l2_entries();
-            return Ok(Zero::Done((end.min(table_end) << bits).min(range.end().0) - range.start().0));
+            let run_end = self.unmapped_run(range, l1_index).end().0;
+            return Ok(Zero::Done((end << bits).min(run_end).min(range.end().0) - range.start().0));
         }
         let (slice, index) = self.writable_slice(first)?;
         let max = self.run_limit(first, index, end - 1);
@@ -548,6 +573,7 @@ impl Metadata {
         while count < max {
             let at = index + count as usize;
             let entry = self.decode(slice, at, first + count)?;
+            self.check_given_up(entry)?;
             match self.zero_entry(entry, first + count, mode) {
                 ZeroEntry::Keep => {}
                 ZeroEntry::Set(raw) => {
@@ -660,6 +686,9 @@ impl Metadata {
         let mut count = 1;
         while count < max {
             let Ok(entry) = self.decode(slice, index + count as usize, first + count) else { break };
+            if self.check_given_up(entry).is_err() {
+                break;
+            }
             if !matches!(self.zero_entry(entry, first + count, ZeroMode::Provision), ZeroEntry::Reserve) {
                 break;
             }
