@@ -139,7 +139,11 @@ impl Walker<'_> {
         self.note(table, u64::from(header.reftable_clusters) * cluster, Use::RefcountTable);
         let mut blocks = Vec::new();
         for i in 0..u64::from(header.reftable_clusters) * cluster / 8 {
-            let block = self.be64(table + i * 8) & !0x1ff;
+            let raw = self.be64(table + i * 8);
+            let block = raw & !0x1ff;
+            if raw != block {
+                self.error(format!("reserved bits in the refcount table: {raw:#x}"));
+            }
             if block != 0 {
                 self.note(block, cluster, Use::RefcountBlock);
             }
