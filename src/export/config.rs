@@ -60,6 +60,23 @@ pub struct ExportConfig {
 }
 
 impl ExportConfig {
+    /// An export with no key but `exportname`. The format is raw.
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>, source: Source) -> ExportConfig {
+        ExportConfig {
+            name: name.into(),
+            path: path.into(),
+            format: Format::Raw,
+            read_only: false,
+            flush: None,
+            fua: None,
+            trim: None,
+            rotational: false,
+            max_connections: None,
+            image: ImageKeys::default(),
+            source,
+        }
+    }
+
     /// Whether both serve the same thing in the same way: everything but the place of the definition.
     pub fn same_service(&self, other: &ExportConfig) -> bool {
         let ExportConfig {
@@ -370,19 +387,8 @@ fn image_roots(at: At<'_>, reader: &mut Reader<'_>) -> Option<Vec<PathBuf>> {
 fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     let before = reader.problems.len();
     check_name(group, reader);
-    let mut config = ExportConfig {
-        name: group.name.clone(),
-        path: PathBuf::new(),
-        format: Format::Raw,
-        read_only: false,
-        flush: None,
-        fua: None,
-        trim: None,
-        rotational: false,
-        max_connections: None,
-        image: ImageKeys::default(),
-        source: Source { file: reader.file.to_owned(), line: group.line },
-    };
+    let source = Source { file: reader.file.to_owned(), line: group.line };
+    let mut config = ExportConfig::new(&group.name, PathBuf::new(), source);
     let mut format = None;
     let mut exportname = None;
     for entry in group.effective() {

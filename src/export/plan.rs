@@ -75,25 +75,13 @@ fn held_elsewhere(old: &ExportConfig, new: &ExportConfig) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::config::{Format, ServerConfig, Source};
+    use crate::export::config::{ServerConfig, Source};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
     use std::path::PathBuf;
 
     fn export(name: &str, path: &str, file: &str) -> ExportConfig {
-        ExportConfig {
-            name: name.into(),
-            path: path.into(),
-            format: Format::Raw,
-            read_only: false,
-            flush: None,
-            fua: None,
-            trim: None,
-            rotational: false,
-            max_connections: None,
-            image: Default::default(),
-            source: Source { file: file.into(), line: 1 },
-        }
+        ExportConfig::new(name, path, Source { file: file.into(), line: 1 })
     }
 
     fn loaded(exports: &[ExportConfig], failed: &[&str], contested: &[&str]) -> Loaded {

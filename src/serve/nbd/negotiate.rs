@@ -187,21 +187,16 @@ fn words(refusal: Refusal) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::config::{Format, Source};
+    use crate::export::config::Source;
 
     fn config(switch: Option<bool>, rotational: bool) -> ExportConfig {
+        let source = Source { file: "/exports.conf".into(), line: 1 };
         ExportConfig {
-            name: "disk".into(),
-            path: "/disk.raw".into(),
-            format: Format::Raw,
-            read_only: false,
             flush: switch,
             fua: switch,
             trim: switch,
             rotational,
-            max_connections: None,
-            image: Default::default(),
-            source: Source { file: "/exports.conf".into(), line: 1 },
+            ..ExportConfig::new("disk", "/disk.raw", source)
         }
     }
 
