@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
 
 mod image;
+mod name;
 mod progress;
 mod serve;
 mod size;
@@ -25,6 +26,8 @@ enum Command {
     /// Make and describe image files
     #[command(subcommand)]
     Image(image::Command),
+    /// Make the name of a backup or migration export, or take one apart
+    Name(name::Args),
 }
 
 /// Runs the program with the process's arguments.
@@ -32,6 +35,7 @@ pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Image(command) => image::run(&command),
+        Command::Name(args) => name::run(&args),
     };
     match done {
         Ok(status) => status,

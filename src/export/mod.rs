@@ -4,6 +4,7 @@ pub mod config;
 pub mod image_keys;
 pub mod keyfile;
 pub mod load;
+pub mod name;
 pub mod plan;
 pub mod problem;
 mod reader;
