@@ -1,5 +1,6 @@
 //! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry).
 
+pub mod authfile;
 pub mod config;
 pub mod image_keys;
 pub mod keyfile;
