@@ -2,6 +2,7 @@
 
 pub mod authfile;
 pub mod config;
+pub mod hooks;
 pub mod image_keys;
 pub mod keyfile;
 pub mod load;

@@ -129,6 +129,21 @@ pub(super) fn write(file: &File, pieces: &[(u64, Vec<u8>)]) -> io::Result<()> {
     pieces.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at))
 }
 
+/// Creates a raw image of `size` zeroes that takes no space yet, for its owner alone. Does nothing if there is a file.
+pub fn create_raw(path: &Path, size: u64) -> Result<(), Error> {
+    if path.symlink_metadata().is_ok() {
+        return Ok(());
+    }
+    let new = NewFile::create(path, false)?;
+    let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    new.file().set_permissions(owner_only).map_err(Error::io(path, "create it"))?;
+    new.file().set_len(size).map_err(Error::io(path, "give it the size that `filesize` says"))?;
+    match new.put_in_place() {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        placed => placed.map(drop),
+    }
+}
+
 /// Identity and virtual size in bytes of a backing file.
 fn examine(path: &Path, format: Format) -> Result<(FileId, u64), Error> {
     let opener = Opener::new(path)?;

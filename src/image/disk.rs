@@ -681,7 +681,7 @@ impl BlockDev for Disk {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        match self.writable {
+        match self.writable && !self.image.ephemeral() {
             true => self.flush_image().await,
             false => Ok(()),
         }
@@ -732,7 +732,7 @@ impl BlockDev for Disk {
 }
 
 /// Appends an extent, joined to the last of the same kind.
-fn add(extents: &mut Vec<Extent>, len: u64, hole: bool, zero: bool) {
+pub(super) fn add(extents: &mut Vec<Extent>, len: u64, hole: bool, zero: bool) {
     match extents.last_mut() {
         Some(last) if last.hole == hole && last.zero == zero => last.len += len,
         _ => extents.push(Extent { len, hole, zero }),

@@ -111,6 +111,25 @@ pub enum Error {
         /// What to do.
         remedy: &'static str,
     },
+    /// Clients that need the image as it is and clients that write it exclude each other.
+    #[error("{}: {why}", path.display())]
+    Busy {
+        /// The image.
+        path: PathBuf,
+        /// Who is there, and what to do.
+        why: &'static str,
+    },
+    /// There is no place for a temporary layer.
+    #[error(
+        "{}: cannot keep what a client of a `copyonwrite` export writes in this directory: {source}; name another one \
+         with `cowdir`", dir.display()
+    )]
+    Scratch {
+        /// The directory.
+        dir: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The export asks for a way of compressing that the image does not have.
     #[error(
         "{}: `compress = {}`, but {}", path.display(), wanted.name(),

@@ -173,6 +173,9 @@ impl Disk {
     }
 
     pub(super) async fn barrier(&self) -> Result<(), Errno> {
+        if self.image().ephemeral() {
+            return Ok(()); // nobody will find it after a crash
+        }
         let data = match self.data_file() {
             Some(data) => data.sync().await,
             None => Ok(()),

@@ -2,7 +2,8 @@
 //!
 //! [`Image`] is what all threads share: the chain, each layer's metadata, the lock. [`Disk`] is one thread's hands:
 //! its own file descriptors on its own ring. [`open`] walks the backing chain behind its gate, [`create`] makes new
-//! images, [`info`] describes one, [`mod@check`] and [`repair`] find and mend errors.
+//! images, [`info`] describes one, [`mod@check`] and [`repair`] find and mend errors. [`Device`] is what a client sees of
+//! one disk or several, [`scratch`] a layer that is thrown away.
 
 pub mod bitmap_edit;
 mod bitmaps;
@@ -12,6 +13,7 @@ pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod device;
 mod disk;
 mod error;
 pub mod flatten;
@@ -27,8 +29,10 @@ pub mod reading;
 pub mod rebase;
 pub mod repair;
 pub mod resize;
+pub mod scratch;
 mod shared;
 
+pub use device::Device;
 pub use disk::Disk;
 pub use error::Error;
 pub use open::{Gate, MIN_CACHE_BYTES, OpenOptions, Opener};

@@ -390,6 +390,21 @@ impl Image {
     }
 }
 
+/// The layer in a new QCOW2 file that nobody else knows: it lies over a disk of `backing_size` bytes.
+pub(super) async fn new_layer(
+    file: File,
+    path: PathBuf,
+    backing_size: u64,
+    cache_bytes: Option<u64>,
+) -> Result<Layer, Error> {
+    let again = || file.try_clone().map(ring::File::from_std).map_err(Error::io(&path, "open it once more"));
+    let (handle, len) = (again()?, file.metadata().map_err(Error::io(&path, "examine it"))?.len());
+    let parsed = parse(&handle, &path, len).await?;
+    let around = Around { backing_size, cache_bytes: cache_share(cache_bytes, 1), grows_with_zeroes: true, top: true };
+    let storage = Storage::File { file, block_device: false };
+    qcow2_layer(handle, storage, path, parsed, None, around).await
+}
+
 /// What a layer needs to know that its own file does not say.
 #[derive(Clone, Copy)]
 struct Around {

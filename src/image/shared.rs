@@ -34,6 +34,8 @@ pub struct Image {
     pub(super) id: FileId,
     /// The image that this one is an internal snapshot of: its lock covers both.
     _parent: Option<Arc<Image>>,
+    /// The image that this one is a temporary layer over.
+    base: Option<Still>,
     writers: Mutex<Writers>,
     pub(super) flush: Mutex<FlushState>,
     /// Rung whenever something happened that a `Wait` may have waited for.
@@ -47,6 +49,18 @@ pub struct Image {
 struct Writers {
     count: usize,
     locked: bool,
+    /// Temporary layers over the image: nobody writes it meanwhile.
+    still: usize,
+}
+
+/// Nobody writes the image while this exists.
+#[must_use = "dropping it lets writers in again"]
+pub(super) struct Still(Arc<Image>);
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        unpoisoned(&self.0.writers).still -= 1;
+    }
 }
 
 /// One file of a chain.
@@ -204,6 +218,7 @@ impl Image {
             layers,
             id,
             _parent: None,
+            base: None,
             writers: Mutex::default(),
             flush: Mutex::default(),
             progress: Notify::new(),
@@ -220,6 +235,33 @@ impl Image {
             Image::new(layers, parent.id, Some("it is an internal snapshot; export it with `readonly = true`"));
         image._parent = Some(Arc::clone(parent));
         image
+    }
+
+    /// A temporary image that begins as `base`: what is written goes to `top`, and is gone when the image is closed.
+    pub(super) fn over(base: Still, top: Layer) -> Image {
+        let mut layers = vec![Arc::new(top)];
+        layers.extend(base.0.layers.iter().cloned());
+        let mut image = Image::new(layers, base.0.id, None);
+        image.base = Some(base);
+        image
+    }
+
+    /// Keeps writers away: what a temporary layer over the image does not hold is read from it.
+    pub(super) fn hold_still(self: &Arc<Image>) -> Result<Still, Error> {
+        let mut writers = unpoisoned(&self.writers);
+        if writers.locked {
+            let why = "clients of another export are writing it, and a `copyonwrite` export of it needs it to stay as it \
+                       is; connect again when they have left";
+            return Err(Error::Busy { path: self.path().to_owned(), why });
+        }
+        writers.still += 1;
+        drop(writers);
+        Ok(Still(Arc::clone(self)))
+    }
+
+    /// Whether nothing of what is written to it is to be found again.
+    pub(super) fn ephemeral(&self) -> bool {
+        self.base.is_some()
     }
 
     /// Device and inode of the exported file.
@@ -266,6 +308,11 @@ impl Image {
             return Err(Error::NotWritable { path: self.path().to_owned(), why });
         }
         let mut writers = unpoisoned(&self.writers);
+        if writers.still > 0 {
+            let why = "clients of a `copyonwrite` export read it and need it to stay as it is; it can be written when \
+                       they have left";
+            return Err(Error::Busy { path: self.path().to_owned(), why });
+        }
         if !writers.locked {
             for (path, file) in self.layers[0].lockable() {
                 if let Err(refused) = lock::add_write(file) {
@@ -324,6 +371,9 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        if self.ephemeral() {
+            return; // one for each client: nobody asks when
+        }
         // the files' locks end with their descriptors
         info!("{}: closed", self.path().display());
     }
