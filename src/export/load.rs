@@ -180,14 +180,16 @@ fn read_and_parse(path: &Path, role: Role, seen: &Stamps, now: SystemTime) -> Op
     Some(Piece { path: path.to_owned(), parsed, stamp: Some(content.stamp), unstable, fresh })
 }
 
-struct Content {
-    text: Vec<u8>,
-    stamp: Stamp,
+/// What a file holds.
+pub(super) struct Content {
+    pub(super) text: Vec<u8>,
+    pub(super) stamp: Stamp,
     /// It changed while it was read.
     changed: bool,
 }
 
-fn read(path: &Path) -> io::Result<Content> {
+/// Reads a configuration file, if it is one: never waits, and not more than [`MAX_FILE_BYTES`].
+pub(super) fn read(path: &Path) -> io::Result<Content> {
     // without O_NONBLOCK a FIFO would wait for a writer
     let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let before = checked_stamp(&file)?;

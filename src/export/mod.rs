@@ -11,4 +11,6 @@ pub mod plan;
 pub mod problem;
 mod reader;
 pub mod registry;
+pub mod serialize;
+pub mod store;
 mod write;

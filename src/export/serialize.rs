@@ -1,0 +1,345 @@
+//! An export as the text of its configuration group, to be written to a file of its own.
+//!
+//! Pure; called by `export::store`. Promises: what [`serialize`] returns is read back by `export::config` as the same
+//! export, because it is read back here before it is returned; what the configuration cannot express is an error,
+//! never a file that says something else.
+
+use crate::export::config::{self, ExportConfig, Role};
+use crate::export::image_keys::{DetectZeroes, ImageKeys};
+use crate::export::problem::{Severity, printable};
+use crate::qcow2::compress::Compression;
+use std::fmt::Write;
+use std::path::Path;
+
+/// Why an export cannot be written as a group of a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("export {name:?} cannot be written to a configuration file: {why}")]
+pub struct Unwritable {
+    /// The export's name, made printable.
+    pub name: String,
+    /// What stands against it, and what to do.
+    pub why: String,
+}
+
+/// The group of an export: its header and its keys, each on a line. A key that has its default is left out, except
+/// the format, which nobody shall have to guess.
+pub fn serialize(config: &ExportConfig) -> Result<String, Unwritable> {
+    let unwritable = |why: String| Unwritable { name: printable(config.name.as_bytes()), why };
+    let text = group(config).map_err(unwritable)?;
+    read_back(&text, config).map_err(unwritable)?;
+    Ok(text)
+}
+
+fn group(config: &ExportConfig) -> Result<String, String> {
+    // every field by name, so that none can be forgotten here
+    let ExportConfig {
+        name,
+        path,
+        format,
+        read_only,
+        flush,
+        fua,
+        trim,
+        rotational,
+        max_connections,
+        image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot },
+        source: _,
+    } = config;
+    let mut group = Lines::new(name);
+    group.path("exportname", path)?;
+    // else a % makes it a template
+    if path.as_os_str().as_encoded_bytes().contains(&b'%') {
+        group.line("virtstyle", "none");
+    }
+    group.line("format", format);
+    group.flag("readonly", *read_only);
+    group.choice("flush", *flush);
+    group.choice("fua", *fua);
+    group.choice("trim", *trim);
+    group.flag("rotational", *rotational);
+    if let Some(limit) = max_connections {
+        group.line("maxconnections", limit);
+    }
+    match compress {
+        Some(Compression::Zstd) => group.line("compress", "zstd"),
+        Some(Compression::Zlib) => group.line("compress", "zlib"),
+        None => {}
+    }
+    match detect_zeroes {
+        DetectZeroes::Off => {}
+        DetectZeroes::On => group.line("detectzeroes", "on"),
+        DetectZeroes::Unmap => group.line("detectzeroes", "unmap"),
+    }
+    if let Some(bytes) = cache_bytes {
+        group.line("l2cache", bytes);
+    }
+    if let Some(snapshot) = snapshot {
+        group.text("snapshot", snapshot);
+    }
+    Ok(group.text)
+}
+
+/// Whether the text says what was meant. This also stands guard over all that escapes cannot express.
+fn read_back(text: &str, config: &ExportConfig) -> Result<(), String> {
+    let parsed = config::parse(text.as_bytes(), Path::new("/"), Role::Included);
+    if let Some(problem) = parsed.problems.iter().find(|p| p.severity > Severity::Warning) {
+        let key = problem.key.as_ref().map_or(String::new(), |key| format!("{key}: "));
+        return Err(format!("{key}{}; {}", problem.what, problem.remedy));
+    }
+    match &parsed.exports[..] {
+        [export] if export.same_service(config) => Ok(()),
+        _ => Err("it would be read as another export; give it a name and values that a configuration file can hold"
+            .to_owned()),
+    }
+}
+
+/// The lines of a group.
+struct Lines {
+    text: String,
+}
+
+impl Lines {
+    fn new(name: &str) -> Lines {
+        Lines { text: format!("[{name}]\n") }
+    }
+
+    /// A value that needs no escapes.
+    fn line(&mut self, key: &str, value: impl std::fmt::Display) {
+        let _ = writeln!(self.text, "{key} = {value}"); // writing to a string cannot fail
+    }
+
+    /// A boolean whose default is false.
+    fn flag(&mut self, key: &str, value: bool) {
+        if value {
+            self.line(key, true);
+        }
+    }
+
+    /// A boolean that may have been left open.
+    fn choice(&mut self, key: &str, value: Option<bool>) {
+        if let Some(value) = value {
+            self.line(key, value);
+        }
+    }
+
+    fn text(&mut self, key: &str, value: &str) {
+        self.line(key, escaped(value));
+    }
+
+    fn path(&mut self, key: &str, path: &Path) -> Result<(), String> {
+        if !path.is_absolute() {
+            return Err(format!("{key} = {}: this path is not absolute; write one that begins with /", path.display()));
+        }
+        match path.to_str() {
+            Some(text) => self.text(key, text),
+            None => return Err(format!("{key} = {}: this path is not UTF-8; rename the file", path.display())),
+        }
+        Ok(())
+    }
+}
+
+/// A string with the escapes of the grammar. Blanks at the ends, where they would be lost or doubted, are escaped too.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (begin, end) = (text.len() - text.trim_start_matches(' ').len(), text.trim_end_matches(' ').len());
+    for (at, c) in text.char_indices() {
+        match c {
+            '\\' => out.push_str(r"\\"),
+            '\n' => out.push_str(r"\n"),
+            '\t' => out.push_str(r"\t"),
+            '\r' => out.push_str(r"\r"),
+            ' ' if at < begin || at >= end => out.push_str(r"\s"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::config::{Format, MAX_NAME_BYTES, Source};
+    use crate::export::keyfile;
+    use crate::export::reader::MAX_PATH_BYTES;
+    use crate::image::MIN_CACHE_BYTES;
+    use proptest::prelude::*;
+    use std::os::unix::ffi::OsStrExt;
+
+    fn export(name: &str, path: &str) -> ExportConfig {
+        ExportConfig::new(name, path, Source { file: "/etc/a.conf".into(), line: 1 })
+    }
+
+    fn refused(config: ExportConfig) -> String {
+        serialize(&config).expect_err("cannot be expressed").to_string()
+    }
+
+    #[test]
+    fn defaults_are_left_out() {
+        assert_eq!(serialize(&export("a", "/a")).as_deref(), Ok("[a]\nexportname = /a\nformat = raw\n"));
+    }
+
+    #[test]
+    fn every_key() {
+        let config = ExportConfig {
+            format: Format::Qcow2,
+            read_only: true,
+            flush: Some(true),
+            fua: Some(false),
+            trim: Some(true),
+            rotational: true,
+            max_connections: Some(7),
+            image: ImageKeys {
+                compress: Some(Compression::Zlib),
+                detect_zeroes: DetectZeroes::Unmap,
+                cache_bytes: Some(MIN_CACHE_BYTES),
+                snapshot: Some(" before\tupdate\\1 ".into()),
+            },
+            ..export("disk 1", "/srv/50%.qcow2 ")
+        };
+        let lines = [
+            "[disk 1]",
+            r"exportname = /srv/50%.qcow2\s",
+            "virtstyle = none",
+            "format = qcow2",
+            "readonly = true",
+            "flush = true",
+            "fua = false",
+            "trim = true",
+            "rotational = true",
+            "maxconnections = 7",
+            "compress = zlib",
+            "detectzeroes = unmap",
+            &format!("l2cache = {MIN_CACHE_BYTES}"),
+            r"snapshot = \sbefore\tupdate\\1\s",
+            "",
+        ];
+        assert_eq!(serialize(&config).expect("text"), lines.join("\n"));
+    }
+
+    #[test]
+    fn what_cannot_be_expressed_is_an_error() {
+        for name in ["", "a]", "[", "a\nexportname = /b\n[b", "a\tb", "a\0", "generic", "a\u{85}"] {
+            refused(export(name, "/a"));
+        }
+        refused(export(&"n".repeat(MAX_NAME_BYTES + 1), "/a"));
+        for path in ["", "a", "/a\0b"] {
+            refused(export("a", path));
+        }
+        refused(export("a", &format!("/{}", "p".repeat(MAX_PATH_BYTES))));
+        let mut not_text = export("a", "/a");
+        not_text.path = std::ffi::OsStr::from_bytes(b"/\xff").into();
+        assert!(refused(not_text).contains("not UTF-8"));
+        refused(ExportConfig { max_connections: Some(0), ..export("a", "/a") });
+        refused(ExportConfig { max_connections: Some(u32::MAX), ..export("a", "/a") });
+        let keys = |image| ExportConfig { format: Format::Qcow2, image, ..export("a", "/a") };
+        let message = refused(keys(ImageKeys { cache_bytes: Some(1), ..ImageKeys::default() }));
+        assert!(message.starts_with("export \"a\" cannot be written to a configuration file: l2cache: "), "{message}");
+        let snapshot = |name: &str| ImageKeys { snapshot: Some(name.into()), ..ImageKeys::default() };
+        refused(keys(snapshot("writable")));
+        for name in ["", "\x0cform feed", "a\0"] {
+            refused(ExportConfig { read_only: true, ..keys(snapshot(name)) });
+        }
+        assert!(serialize(&ExportConfig { read_only: true, ..keys(snapshot("s")) }).is_ok());
+        let raw = ImageKeys { compress: Some(Compression::Zstd), ..ImageKeys::default() };
+        refused(ExportConfig { image: raw, ..export("a", "/a") });
+    }
+
+    /// Text with everything that has a meaning in the grammar.
+    fn text() -> impl Strategy<Value = String> {
+        prop_oneof![r"[ \t\r\n\\=#;\[\]%sntr\x0b\x0c\x00a\u{e4}\u{85}\u{2028}]{0,12}", ".{0,40}"]
+    }
+
+    fn image_keys() -> impl Strategy<Value = ImageKeys> {
+        let compress = proptest::option::of(prop_oneof![Just(Compression::Zlib), Just(Compression::Zstd)]);
+        let detect = prop_oneof![Just(DetectZeroes::Off), Just(DetectZeroes::On), Just(DetectZeroes::Unmap)];
+        let cache = proptest::option::of(prop_oneof![Just(MIN_CACHE_BYTES), MIN_CACHE_BYTES..=u64::MAX, any::<u64>()]);
+        (compress, detect, cache, proptest::option::weighted(0.3, text())).prop_map(
+            |(compress, detect_zeroes, cache_bytes, snapshot)| ImageKeys {
+                compress,
+                detect_zeroes,
+                cache_bytes,
+                snapshot,
+            },
+        )
+    }
+
+    prop_compose! {
+        fn any_export()(
+            name in text(),
+            path in text(),
+            absolute in proptest::bool::weighted(0.9),
+            qcow2 in proptest::bool::weighted(0.8),
+            read_only: bool,
+            flush: Option<bool>,
+            fua: Option<bool>,
+            trim: Option<bool>,
+            rotational: bool,
+            max_connections in proptest::option::of(prop_oneof![1..9_u32, any::<u32>()]),
+            image in image_keys(),
+        ) -> ExportConfig {
+            let path = if absolute { format!("/{path}") } else { path };
+            let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
+            ExportConfig {
+                format, read_only, flush, fua, trim, rotational, max_connections, image, ..export(&name, &path)
+            }
+        }
+    }
+
+    fn parsed(text: &str) -> config::Parsed {
+        config::parse(text.as_bytes(), Path::new("/etc/cowgate/conf.d/a.conf"), Role::Included)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        /// Either the file says exactly this, or there is none; and it is refused only for what cannot be said.
+        #[test]
+        fn an_export_is_read_back_or_refused(config in any_export()) {
+            // what the configuration of nbd-server has no way to say
+            let ImageKeys { compress, cache_bytes, snapshot, .. } = &config.image;
+            let name_fits = !config.name.is_empty()
+                && config.name != "generic"
+                && !config.name.contains(|c: char| c.is_control() || matches!(c, '[' | ']'));
+            let path_fits = config.path.is_absolute() && !config.path.as_os_str().as_bytes().contains(&0);
+            let limit_fits = config.max_connections.is_none_or(|n| (1..=i32::MAX as u32).contains(&n));
+            let cache_fits = cache_bytes.is_none_or(|n| n >= MIN_CACHE_BYTES);
+            let snapshot_fits = snapshot.as_ref().is_none_or(|s| {
+                config.read_only && !s.is_empty() && !s.starts_with('\x0c') && !s.contains('\0')
+            });
+            let format_fits = config.format == Format::Qcow2 || (compress.is_none() && snapshot.is_none());
+            let fits = name_fits && path_fits && limit_fits && cache_fits && snapshot_fits && format_fits;
+            match serialize(&config) {
+                Err(why) => prop_assert!(!fits, "{why}"),
+                Ok(text) => {
+                    prop_assert!(fits);
+                    let parsed = parsed(&text);
+                    prop_assert!(!parsed.failed);
+                    prop_assert_eq!(parsed.exports.len(), 1);
+                    prop_assert!(parsed.exports[0].same_service(&config));
+                }
+            }
+        }
+
+        /// Whatever a file can hold can be written again.
+        #[test]
+        fn what_was_read_can_be_written(lines in proptest::collection::vec(
+            ("(exportname|snapshot|l2cache|maxconnections|format|readonly|virtstyle|compress|flush)", text()), 0..6,
+        )) {
+            let mut file = "[a]\nexportname = /a.qcow2\n".to_owned();
+            for (key, value) in lines {
+                file += &format!("{key} = {}\n", value.replace('\n', ""));
+            }
+            for export in parsed(&file).exports {
+                let again = serialize(&export).expect("it was read from a file");
+                prop_assert!(parsed(&again).exports[0].same_service(&export), "{again}");
+            }
+        }
+
+        #[test]
+        fn escapes_are_undone(text in text()) {
+            let value = escaped(&text);
+            prop_assert!(!value.contains(['\n', '\r', '\t']) && !value.starts_with(' ') && !value.ends_with(' '));
+            prop_assert_eq!(keyfile::string(value.as_bytes()), Ok(text));
+        }
+    }
+}
