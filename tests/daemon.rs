@@ -163,7 +163,6 @@ fn changes_that_need_a_restart_are_named() {
 #[test]
 fn it_says_when_it_is_ready_and_leaves_nothing_behind() {
     let setup = Setup::new();
-    let pid_file = setup.dir().join("pid");
     let notify = setup.dir().join("notify");
     let manager = UnixDatagram::bind(&notify).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -173,8 +172,9 @@ fn it_says_when_it_is_ready_and_leaves_nothing_behind() {
         String::from_utf8_lossy(&buf[..len]).into_owned()
     };
     let daemon = setup.start_with(|command| {
-        command.arg("--pid-file").arg(&pid_file).env("NOTIFY_SOCKET", &notify);
+        command.env("NOTIFY_SOCKET", &notify);
     });
+    let pid_file = daemon.pid_file();
     assert_eq!(told(), "READY=1");
     let addresses = format!("ready: listening on 127.0.0.1:{}, unix:{}", daemon.port(), daemon.socket().display());
     assert!(daemon.log().contains(&addresses), "{}", daemon.log());
@@ -202,20 +202,24 @@ fn an_address_in_use_is_named() {
 
 #[test]
 fn check_prints_every_problem_and_starts_nothing() {
-    let setup = Setup::new().generic("user = nbd");
+    let setup = Setup::new().generic("certfile = /etc/certificate");
     let base = setup.write_base();
     let check = || cowgate(&["serve", "--check", "-c", base.to_str().unwrap()]);
     let file = setup.dir().join("conf.d/a.conf");
     fs::write(&file, "[a]\nexportname = /a\nauthfile = /etc/allow\n[b]\nflush = no\n").unwrap();
     let (code, stdout, _) = check();
     assert_eq!(code, Some(1));
-    for part in ["warning: [generic] user", "a.conf:3: refused: [a] authfile", "a.conf:5: error: [b] flush = no"] {
+    for part in ["warning: [generic] certfile", "a.conf:3: refused: [a] authfile", "a.conf:5: error: [b] flush = no"] {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
     fs::write(&file, "[a]\nexportname = /a\n").unwrap();
     let (code, stdout, _) = check();
     assert_eq!(code, Some(0), "warnings alone are no failure");
     assert!(stdout.contains("complete, 1 exports"), "{stdout}");
+    let text = fs::read_to_string(&base).unwrap();
+    fs::write(&base, text + "user = no-such-user\n").unwrap();
+    let (code, stdout, _) = check();
+    assert!(code == Some(1) && stdout.contains("[generic] user = no-such-user: there is no such user"), "{stdout}");
 }
 
 #[test]
@@ -230,7 +234,7 @@ fn it_does_not_start_with_a_configuration_that_it_cannot_keep() {
 
 #[test]
 fn wrong_usage_is_told_apart_from_failure() {
-    assert_eq!(cowgate(&["serve"]).0, Some(2));
+    assert_eq!(cowgate(&["serve", "--serve"]).0, Some(2));
     assert_eq!(cowgate(&["serve", "-c", "x", "--log", "a=b=c"]).0, Some(2));
     assert_eq!(cowgate(&["image", "create", "--size", "1X", "file"]).0, Some(2));
     let (code, stdout, _) = cowgate(&["--version"]);

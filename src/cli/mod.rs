@@ -73,7 +73,8 @@ mod tests {
     fn usage() {
         use clap::error::ErrorKind;
         assert!(parse("cowgate serve -c /etc/cowgate/config --check --log debug").is_ok());
-        assert!(parse("cowgate serve").is_err());
+        assert!(parse("cowgate serve").is_ok());
+        assert!(parse("cowgate serve -d -C /etc/nbd-server/config -p /run/nbd-server.pid").is_ok());
         assert!(parse("cowgate image create --size 10G a.qcow2").is_ok());
         assert!(
             parse("cowgate image create --backing b --backing-format raw --cluster-size 64K --force a.qcow2").is_ok()

@@ -1,12 +1,13 @@
 //! The daemon: the order in which things start and stop, and what signals do. Runs on the control thread; clients
 //! live on the workers. Called by `cowgate serve`.
 //!
-//! Start: signals, configuration, registry, workers, listeners, "ready". Stop (SIGTERM, SIGINT): no new clients, what
+//! Start: signals, configuration, listeners, pid file, change of user, registry, workers, "ready". Stop (SIGTERM, SIGINT): no new clients, what
 //! is in flight is finished, images are flushed as their last clients leave, workers end. SIGHUP reads the
 //! configuration again; nobody is disconnected by it.
 
 mod notify;
-mod pid_file;
+pub mod pid_file;
+mod privileges;
 mod reload;
 mod signals;
 
@@ -16,9 +17,12 @@ use crate::ring::Workers;
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use pid_file::PidFile;
+use nix::unistd::geteuid;
+use pid_file::{PidFile, Wanted};
+use privileges::Identity;
 use reload::{Pass, Reload};
 use signals::{Signal, Signals};
+use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -39,7 +43,7 @@ pub struct Options {
     /// The configuration file.
     pub config: PathBuf,
     /// Where to write the process ID.
-    pub pid_file: Option<PathBuf>,
+    pub pid_file: Wanted,
 }
 
 /// Why the daemon did not start, or did not end cleanly.
@@ -78,6 +82,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// `user` or `group` cannot be obeyed.
+    #[error(transparent)]
+    Privileges(#[from] privileges::Error),
     /// Images could not be flushed when their last writers left.
     #[error("{0} images could not be flushed: see the log; data that clients believe written may be lost")]
     Unflushed(usize),
@@ -103,18 +110,25 @@ pub fn run(options: &Options) -> Result<(), Error> {
     served
 }
 
+/// Whether the users and groups that a configuration names exist; the message is for people.
+pub fn check_accounts(server: &ServerConfig) -> Result<(), String> {
+    Identity::wanted(server).map(drop).map_err(|e| e.to_string())
+}
+
 /// From start to stop. `to_stop` gets the workers, once there are any.
 async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(), Error> {
     // first of all: a SIGHUP that comes early must not end the process
     let mut signals = Signals::new().map_err(|source| Error::Start { what: "signal handling", source })?;
     raise_descriptor_limit();
     let (mut reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
+    let opened = Opened::new(&server, options)?;
+    opened.drop_privileges(&server, options)?;
+    // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone());
     registry.apply(&first.plan);
     let count = server.worker_count();
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
-    let opened = Opened::new(&server, options)?;
     let context = Arc::new(Context { registry, list_allowed: server.list_allowed });
     serve(opened, &workers, context, &mut signals, &mut reload, first).await
 }
@@ -133,14 +147,36 @@ impl Opened {
         let tcp = listeners.tcp_addresses().into_iter().map(|a| a.to_string());
         let unix = server.unix_socket.iter().map(|path| format!("unix:{}", path.display()));
         let addresses = tcp.chain(unix).collect::<Vec<_>>().join(", ");
-        let pid_file = match &options.pid_file {
-            Some(path) => {
-                let written = PidFile::write(path);
-                Some(written.map_err(|source| Error::PidFile { path: path.clone(), source })?)
-            }
-            None => None,
+        Ok(Opened { listeners, addresses, pid_file: pid_file(&options.pid_file)? })
+    }
+
+    /// Becomes the configured user and group. The pid file stays root's: root signals whom it names.
+    fn drop_privileges(&self, server: &ServerConfig, options: &Options) -> Result<(), Error> {
+        let Some(identity) = Identity::wanted(server)? else {
+            return Ok(());
         };
-        Ok(Opened { listeners, addresses, pid_file })
+        if geteuid().is_root() {
+            self.listeners.give_to(identity.uid(), identity.gid())?;
+        }
+        identity.assume()?;
+        if let Err(e) = File::open(&options.config) {
+            warn!("this user cannot read {}: {e}; a reload will change nothing", options.config.display());
+        }
+        Ok(())
+    }
+}
+
+fn pid_file(wanted: &Wanted) -> Result<Option<PidFile>, Error> {
+    let Some(path) = wanted.path() else {
+        return Ok(None);
+    };
+    match PidFile::write(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if matches!(wanted, Wanted::IfPossible(_)) => {
+            warn!("no pid file: cannot write {}: {e}; choose one with -p, or -p none", path.display());
+            Ok(None)
+        }
+        Err(source) => Err(Error::PidFile { path: path.to_owned(), source }),
     }
 }
 

@@ -135,6 +135,10 @@ pub struct ServerConfig {
     pub image_roots: Option<Vec<PathBuf>>,
     /// Directory with further files of exports.
     pub include_dir: Option<PathBuf>,
+    /// Name of the user to become once everything that needs root is done.
+    pub user: Option<String>,
+    /// Name of the group to become; `None`: the user's own.
+    pub group: Option<String>,
 }
 
 impl Default for ServerConfig {
@@ -148,6 +152,8 @@ impl Default for ServerConfig {
             workers: None,
             image_roots: None,
             include_dir: None,
+            user: None,
+            group: None,
         }
     }
 }
@@ -173,6 +179,8 @@ impl ServerConfig {
             ("allowlist", self.list_allowed != other.list_allowed),
             ("workers", self.workers != other.workers),
             ("imageroots", self.image_roots != other.image_roots),
+            ("user", self.user != other.user),
+            ("group", self.group != other.group),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
     }
@@ -289,9 +297,8 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
             "certfile" | "keyfile" | "cacertfile" | "tlsprio" => {
                 reader.ignored_string(at, "TLS is not supported yet, so this key is ignored");
             }
-            "user" | "group" => {
-                reader.ignored_string(at, "changing user and group is not supported yet, so this key is ignored");
-            }
+            "user" => server.user = account(at, reader),
+            "group" => server.group = account(at, reader),
             "max_threads" => {
                 if reader.integer(at).is_some() {
                     reader.key(Severity::Warning, at, "this key is ignored", "workers = N sets the number of threads");
@@ -307,6 +314,17 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
         reader.problems.push(problem.at(line).group(&group.name));
     }
     server
+}
+
+/// The name of a user or group. Whether it exists is for the daemon to find out.
+fn account(at: At<'_>, reader: &mut Reader<'_>) -> Option<String> {
+    let text = reader.string(at)?;
+    let name = text.trim_end();
+    if name.is_empty() || name.contains([':', '/', '\0', '\n']) {
+        reader.key(Severity::Error, at, "this is no name", "write the name of a user or group, or remove the key");
+        return None;
+    }
+    Some(name.to_owned())
 }
 
 /// A comma list of addresses and host names.
@@ -648,9 +666,10 @@ mod tests {
         let text = "[generic]\nuser=nbd\ngroup=nbd\nmax_threads=8\ncertfile=/c\nkeyfile=/k\ncacertfile=/a\ntlsprio=N\n\
                     force_tls=false\noldstyle=0\nsplice=true\nduallisten=true\n";
         let parsed = base(text);
-        assert!(parsed.server.is_some());
+        let server = parsed.server.expect("usable");
+        assert_eq!((server.user.as_deref(), server.group.as_deref()), (Some("nbd"), Some("nbd")));
         let keys: Vec<_> = parsed.problems.iter().map(|p| (p.line.unwrap_or(0), p.severity)).collect();
-        let lines = [2, 3, 4, 5, 6, 7, 8, 11, 12];
+        let lines = [4, 5, 6, 7, 8, 11, 12];
         assert_eq!(keys, lines.map(|line| (line, Severity::Warning)));
     }
 
@@ -759,6 +778,18 @@ mod tests {
         let a = ServerConfig::default();
         let b = ServerConfig { port: 1, include_dir: Some("/x".into()), workers: Some(1), ..ServerConfig::default() };
         assert_eq!(a.needs_restart(&b), ["port", "workers"]);
+        let c = ServerConfig { user: Some("nbd".into()), group: Some("nbd".into()), ..ServerConfig::default() };
+        assert_eq!(a.needs_restart(&c), ["user", "group"]);
+    }
+
+    #[test]
+    fn users_and_groups_are_names() {
+        for bad in ["", "  ", "a:b", "../a", "a\\nb"] {
+            for key in ["user", "group"] {
+                let parsed = base(&format!("[generic]\n{key} = {bad}\n"));
+                assert!(parsed.server.is_none(), "{key} = {bad:?}");
+            }
+        }
     }
 
     proptest! {

@@ -93,7 +93,7 @@ impl Setup {
     pub fn start_with(self, prepare: impl FnOnce(&mut Command)) -> Daemon {
         let base = self.write_base();
         let mut command = Command::new(env!("CARGO_BIN_EXE_cowgate"));
-        command.args(["serve", "-c"]).arg(base);
+        command.args(["serve", "-c"]).arg(base).arg("-p").arg(self.dir.path().join("cowgate.pid"));
         prepare(&mut command);
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
@@ -126,6 +126,11 @@ impl Daemon {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The pid file that it was started with.
+    pub fn pid_file(&self) -> PathBuf {
+        self.dir().join("cowgate.pid")
     }
 
     /// TCP port on 127.0.0.1.

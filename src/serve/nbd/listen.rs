@@ -6,15 +6,17 @@
 use super::conn::{self, Context};
 use crate::ring::{self, StdStream, Stream, Workers};
 use futures_util::future::join_all;
+use nix::fcntl::AtFlags;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, listen, setsockopt, socket,
     sockopt,
 };
+use nix::unistd::{Gid, Uid, fchownat};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -75,7 +77,7 @@ pub struct Listeners {
 
 enum Listening {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, _file: SocketFile },
+    Unix { listener: UnixListener, file: SocketFile },
 }
 
 impl Listeners {
@@ -99,6 +101,17 @@ impl Listeners {
             Listening::Unix { .. } => None,
         });
         addresses.flatten().collect()
+    }
+
+    /// Gives the files of the Unix sockets to a user and a group: that user may connect, and may remove them at the end
+    /// where the directory allows only a file's owner to do so.
+    pub fn give_to(&self, user: Option<Uid>, group: Gid) -> Result<(), BindError> {
+        for socket in &self.sockets {
+            if let Listening::Unix { file, .. } = socket {
+                file.give_to(user, group).map_err(|source| BindError::Unix { path: file.path.clone(), source })?;
+            }
+        }
+        Ok(())
     }
 
     /// Accepts clients until `shutdown` turns true, then waits until those connected have gone.
@@ -262,7 +275,7 @@ fn bind_unix(path: &Path) -> Result<Listening, BindError> {
     let file = SocketFile::at(path).map_err(fault)?;
     let backlog = Backlog::new(BACKLOG).map_err(|e| fault(e.into()))?;
     listen(&fd, backlog).map_err(|e| fault(e.into()))?;
-    Ok(Listening::Unix { listener: UnixListener::from_std(fd.into()).map_err(fault)?, _file: file })
+    Ok(Listening::Unix { listener: UnixListener::from_std(fd.into()).map_err(fault)?, file })
 }
 
 /// Removes the socket file of a server that is no more. Nothing else is ever removed.
@@ -298,6 +311,17 @@ struct SocketFile {
 impl SocketFile {
     fn at(path: &Path) -> io::Result<Self> {
         Ok(SocketFile { path: path.into(), identity: identity(path)? })
+    }
+
+    /// The directory may be somebody else's, who may have put another file there: only our socket is given away.
+    fn give_to(&self, user: Option<Uid>, group: Gid) -> io::Result<()> {
+        let flags = libc::O_PATH | libc::O_NOFOLLOW;
+        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(&self.path)?;
+        let found = file.metadata()?;
+        if (found.dev(), found.ino()) != self.identity || !found.file_type().is_socket() {
+            return Err(io::Error::other("another file has taken its place"));
+        }
+        Ok(fchownat(&file, "", user, Some(group), AtFlags::AT_EMPTY_PATH)?)
     }
 }
 
