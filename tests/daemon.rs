@@ -175,13 +175,13 @@ fn it_says_when_it_is_ready_and_leaves_nothing_behind() {
         command.env("NOTIFY_SOCKET", &notify);
     });
     let pid_file = daemon.pid_file();
-    assert_eq!(told(), "READY=1");
+    assert_eq!(told(), "READY=1\nSTATUS=0 exports, configuration 1");
     let addresses = format!("ready: listening on 127.0.0.1:{}, unix:{}", daemon.port(), daemon.socket().display());
     assert!(daemon.log().contains(&addresses), "{}", daemon.log());
     assert_eq!(fs::read_to_string(&pid_file).unwrap(), format!("{}\n", daemon.pid()));
     let socket = daemon.socket();
     let (_dir, _) = daemon.stop();
-    assert_eq!(told(), "STOPPING=1");
+    assert_eq!(told(), "STOPPING=1\nSTATUS=finishing what is in flight");
     assert!(!socket.exists() && !pid_file.exists());
 }
 

@@ -33,7 +33,7 @@ enum Command {
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Serve(args) => serve::run(&args),
         Command::Image(command) => image::run(&command),
         Command::Name(args) => name::run(&args),
     };
@@ -74,6 +74,7 @@ mod tests {
         use clap::error::ErrorKind;
         assert!(parse("cowgate serve -c /etc/cowgate/config --check --log debug").is_ok());
         assert!(parse("cowgate serve").is_ok());
+        assert_eq!(parse("cowgate serve -d --daemonize").err(), Some(ErrorKind::ArgumentConflict));
         assert!(parse("cowgate serve -d -C /etc/nbd-server/config -p /run/nbd-server.pid").is_ok());
         assert!(parse("cowgate image create --size 10G a.qcow2").is_ok());
         assert!(

@@ -5,6 +5,8 @@
 //! is in flight is finished, images are flushed as their last clients leave, workers end. SIGHUP reads the
 //! configuration again; nobody is disconnected by it.
 
+pub mod background;
+pub mod log_file;
 mod notify;
 pub mod pid_file;
 mod privileges;
@@ -16,8 +18,10 @@ use crate::export::registry::Registry;
 use crate::ring::Workers;
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
+use log_file::LogFile;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
+use notify::Watchdog;
 use pid_file::{PidFile, Wanted};
 use privileges::Identity;
 use reload::{Pass, Reload};
@@ -44,6 +48,10 @@ pub struct Options {
     pub config: PathBuf,
     /// Where to write the process ID.
     pub pid_file: Wanted,
+    /// The log, when it is a file.
+    pub log: Option<Arc<LogFile>>,
+    /// Whoever started the daemon waits in another process until it is ready.
+    pub in_background: bool,
 }
 
 /// Why the daemon did not start, or did not end cleanly.
@@ -118,7 +126,8 @@ pub fn check_accounts(server: &ServerConfig) -> Result<(), String> {
 /// From start to stop. `to_stop` gets the workers, once there are any.
 async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(), Error> {
     // first of all: a SIGHUP that comes early must not end the process
-    let mut signals = Signals::new().map_err(|source| Error::Start { what: "signal handling", source })?;
+    let mut signals =
+        Signals::new(options.log.clone()).map_err(|source| Error::Start { what: "signal handling", source })?;
     raise_descriptor_limit();
     let (mut reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
     let opened = Opened::new(&server, options)?;
@@ -130,6 +139,13 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
     let context = Arc::new(Context { registry, list_allowed: server.list_allowed });
+    info!("ready: listening on {}", opened.addresses);
+    notify::ready(&reload.status(), options.in_background);
+    let _watchdog = Watchdog::start(options.in_background);
+    if options.in_background {
+        let detached = background::detach(options.log.is_some());
+        detached.map_err(|source| Error::Start { what: "in the background: whoever started it has gone", source })?;
+    }
     serve(opened, &workers, context, &mut signals, &mut reload, first).await
 }
 
@@ -189,13 +205,10 @@ async fn serve(
     reload: &mut Reload,
     first: Pass,
 ) -> Result<(), Error> {
-    let Opened { listeners, addresses, pid_file } = opened;
+    let Opened { listeners, pid_file, .. } = opened;
     let registry = Arc::clone(&context.registry);
     let (stop, stopped) = watch::channel(false);
     let mut serving = pin!(listeners.serve(workers.clone(), context, stopped));
-    info!("ready: listening on {addresses}");
-    notify::notify(notify::READY);
-
     let next_pass = |pass: &Pass| pass.again.map(|pause| Instant::now() + pause);
     let mut next = next_pass(&first);
     let name = loop {
@@ -203,6 +216,7 @@ async fn serve(
             signal = signals.next() => match signal {
                 Signal::Stop(name) => break name,
                 Signal::Reload => {
+                    notify::reloading();
                     reload.begin();
                     reload.pass()
                 }
@@ -213,10 +227,13 @@ async fn serve(
         };
         registry.apply(&pass.plan);
         next = next_pass(&pass);
+        if let Some(status) = reload.concluded() {
+            notify::reloaded(&status);
+        }
     };
 
     info!("{name}: no new clients; finishing what is in flight, for up to {} s", STOP_LIMIT.as_secs());
-    notify::notify(notify::STOPPING);
+    notify::stopping();
     stop.send_replace(true);
     // those before were logged when they happened; the status speaks of this end
     let failed_before = registry.failed_flushes();

@@ -40,6 +40,10 @@ pub struct Reload {
     counts: [usize; 3],
     /// Its counts were logged once.
     counted: bool,
+    /// What is served, in a line, after the last pass that concluded a reload.
+    status: String,
+    /// That was not asked for yet.
+    concluded: bool,
 }
 
 /// What one pass found.
@@ -74,9 +78,23 @@ impl Reload {
             said: HashSet::new(),
             counts: [0; 3],
             counted: false,
+            status: String::new(),
+            concluded: false,
         };
         let pass = reload.take(loaded);
+        // the start itself says so
+        reload.concluded = false;
         Ok((reload, server, pass))
+    }
+
+    /// What is served, for people, in a line.
+    pub fn status(&self) -> String {
+        format!("{} exports{}", self.applied.len(), self.status)
+    }
+
+    /// The status, if a reload was concluded since this was last asked.
+    pub fn concluded(&mut self) -> Option<String> {
+        std::mem::take(&mut self.concluded).then(|| self.status())
     }
 
     /// Begins a new reload: the next pass counts as the first.
@@ -167,6 +185,11 @@ impl Reload {
                 ),
             }
             self.counted = true;
+            self.concluded = true;
+            self.status = match &loaded.server {
+                Some(_) => format!(", configuration {generation}"),
+                None => format!("; configuration {generation} has errors, see the log"),
+            };
         }
         for export in &plan.add {
             debug!("configuration {generation}: added {} = {}", export.name, export.path.display());

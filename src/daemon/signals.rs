@@ -1,6 +1,9 @@
-//! The signals that the daemon obeys. SIGPIPE needs no place here: Rust programs ignore it from their start.
+//! The signals that the daemon obeys: SIGTERM, SIGINT and SIGHUP for the daemon's loop; after SIGHUP and SIGUSR1 a log file
+//! that was rotated is opened anew, in here. SIGPIPE needs no place here: Rust programs ignore it from their start.
 
+use super::log_file::LogFile;
 use std::io;
+use std::sync::Arc;
 use tokio::signal::unix::{self, SignalKind, signal};
 
 /// The handlers, from the moment of their making.
@@ -8,6 +11,8 @@ pub struct Signals {
     hangup: unix::Signal,
     terminate: unix::Signal,
     interrupt: unix::Signal,
+    rotated: unix::Signal,
+    log: Option<Arc<LogFile>>,
 }
 
 /// What a signal asks for.
@@ -21,20 +26,31 @@ pub enum Signal {
 
 impl Signals {
     /// Takes the signals over from their default, which is to end the process.
-    pub fn new() -> io::Result<Signals> {
+    pub fn new(log: Option<Arc<LogFile>>) -> io::Result<Signals> {
         Ok(Signals {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            rotated: signal(SignalKind::user_defined1())?,
+            log,
         })
     }
 
     /// The next signal. Signals of one kind that arrive together count once.
     pub async fn next(&mut self) -> Signal {
-        tokio::select! {
-            _ = self.terminate.recv() => Signal::Stop("SIGTERM"),
-            _ = self.interrupt.recv() => Signal::Stop("SIGINT"),
-            _ = self.hangup.recv() => Signal::Reload,
+        loop {
+            let signal = tokio::select! {
+                _ = self.terminate.recv() => return Signal::Stop("SIGTERM"),
+                _ = self.interrupt.recv() => return Signal::Stop("SIGINT"),
+                _ = self.hangup.recv() => Some(Signal::Reload),
+                _ = self.rotated.recv() => None,
+            };
+            if let Some(log) = &self.log {
+                log.reopen();
+            }
+            if let Some(signal) = signal {
+                return signal;
+            }
         }
     }
 }
@@ -48,7 +64,8 @@ mod tests {
     fn a_hangup_asks_for_a_reload() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async {
-            let mut signals = Signals::new().expect("signals");
+            let mut signals = Signals::new(None).expect("signals");
+            raise(Raw::SIGUSR1).expect("raise, which does not end the process");
             raise(Raw::SIGHUP).expect("raise");
             assert_eq!(signals.next().await, Signal::Reload);
         });
