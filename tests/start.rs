@@ -138,7 +138,7 @@ fn the_default_pid_file_is_nbd_servers() {
     let (first, second) = (Setup::new(), Setup::new());
     let script = "mount -t tmpfs tmpfs /run && exec \"$@\"";
     let (mut child, log) = with_default(&first, Command::new("unshare").args(["--mount", "sh", "-c", script, "sh"]));
-    let pid_file = PathBuf::from(format!("/proc/{}/root/run/nbd-server.pid", child.id()));
+    let pid_file = PathBuf::from(format!("/proc/{}/root", child.id())).join("run/nbd-server.pid");
     assert_eq!(fs::read_to_string(&pid_file).unwrap().trim(), child.id().to_string(), "{log}");
 
     // the next one serves too, and says that it has none
