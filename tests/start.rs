@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, chown};
 use std::fs;
 use std::io::Read;
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
@@ -122,6 +123,34 @@ fn a_pid_file_in_use_is_left_alone_and_a_stale_one_replaced() {
     let pid_file = again.pid_file();
     let (_dir, _) = again.stop();
     assert!(!pid_file.exists());
+}
+
+#[test]
+fn the_pid_file_of_a_running_nbd_server_is_not_taken_over() {
+    let setup = Setup::new();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let image = raw_image(setup.dir(), "image");
+    let config = setup.dir().join("nbd-server.conf");
+    let text = format!("[generic]\nlistenaddr=127.0.0.1\nport={port}\n[a]\nexportname={}\n", image.display());
+    fs::write(&config, text).unwrap();
+    let pid_file = setup.dir().join("pid");
+    let mut nbd_server = Command::new("nbd-server");
+    nbd_server.arg("-d").arg("-C").arg(&config).arg("-p").arg(&pid_file).stderr(Stdio::null());
+    let mut running = nbd_server.spawn().unwrap();
+    // it writes its pid file only when it forks
+    fs::write(&pid_file, format!("{}\n", running.id())).unwrap();
+    wait_for("nbd-server", || fs::read_to_string(format!("/proc/{}/comm", running.id())).unwrap() == "nbd-server\n");
+    let output = serve(&setup).output().unwrap();
+    let still = fs::read_to_string(&pid_file).unwrap();
+    running.kill().unwrap();
+    running.wait().unwrap();
+    let expected = format!("it belongs to nbd-server, process {}, which is running", running.id());
+    assert!(output.status.code() == Some(1) && stderr(&output).contains(&expected), "{}", stderr(&output));
+    assert_eq!(still.trim(), running.id().to_string());
+    // it has gone, so now the file is anybody's
+    let output = serve(&setup).arg("--daemonize").output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    Background::of(&pid_file).stop();
 }
 
 #[test]
