@@ -6,6 +6,7 @@
 //! configuration again; nobody is disconnected by it.
 
 pub mod background;
+mod control;
 pub mod log_file;
 mod notify;
 pub mod pid_file;
@@ -14,17 +15,19 @@ mod reload;
 mod signals;
 
 use crate::export::config::{Listen, ServerConfig};
+use crate::export::control::{self as requests, Request};
 use crate::export::registry::Registry;
 use crate::ring::Workers;
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
+use control::Control;
 use log_file::LogFile;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 use notify::Watchdog;
 use pid_file::{PidFile, Wanted};
 use privileges::Identity;
-use reload::{Pass, Reload};
+use reload::Reload;
 use signals::{Signal, Signals};
 use std::fs::File;
 use std::future::Future;
@@ -33,8 +36,9 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
@@ -129,24 +133,26 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let mut signals =
         Signals::new(options.log.clone()).map_err(|source| Error::Start { what: "signal handling", source })?;
     raise_descriptor_limit();
-    let (mut reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
+    let (reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
     let opened = Opened::new(&server, options)?;
     opened.drop_privileges(&server, options)?;
     // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone());
-    registry.apply(&first.plan);
+    let list_allowed = Arc::new(AtomicBool::new(server.list_allowed));
+    let control = Control::new(reload, first, Arc::clone(&registry), Arc::clone(&list_allowed));
     let count = server.worker_count();
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
-    let context = Arc::new(Context { registry, list_allowed: server.list_allowed });
+    let (handle, requests) = requests::channel();
+    let context = Arc::new(Context { registry, control: handle, list_allowed });
     info!("ready: listening on {}", opened.addresses);
-    notify::ready(&reload.status(), options.in_background);
+    notify::ready(&control.status(), options.in_background);
     let _watchdog = Watchdog::start(options.in_background);
     if options.in_background {
         let detached = background::detach(options.log.is_some());
         detached.map_err(|source| Error::Start { what: "in the background: whoever started it has gone", source })?;
     }
-    serve(opened, &workers, context, &mut signals, &mut reload, first).await
+    serve(opened, &workers, context, &mut signals, control, requests).await
 }
 
 /// What others can see of a running daemon: its sockets and its pid file.
@@ -202,35 +208,28 @@ async fn serve(
     workers: &Workers,
     context: Arc<Context>,
     signals: &mut Signals,
-    reload: &mut Reload,
-    first: Pass,
+    mut control: Control,
+    mut requests: mpsc::Receiver<Request>,
 ) -> Result<(), Error> {
     let Opened { listeners, pid_file, .. } = opened;
     let registry = Arc::clone(&context.registry);
     let (stop, stopped) = watch::channel(false);
     let mut serving = pin!(listeners.serve(workers.clone(), context, stopped));
-    let next_pass = |pass: &Pass| pass.again.map(|pause| Instant::now() + pause);
-    let mut next = next_pass(&first);
     let name = loop {
-        let pass = tokio::select! {
+        tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Stop(name) => break name,
-                Signal::Reload => {
-                    notify::reloading();
-                    reload.begin();
-                    reload.pass()
-                }
+                Signal::Reload => control.reload(),
             },
-            () = at(next) => reload.pass(),
+            // there is always a sender: the context's
+            Some(request) = requests.recv() => control.request(request),
+            () = at(control.wakes_at()) => control.time(),
             // they serve until they are told to stop, or have nothing to serve
             () = &mut serving => return Err(Error::NoAddress),
-        };
-        registry.apply(&pass.plan);
-        next = next_pass(&pass);
-        if let Some(status) = reload.concluded() {
-            notify::reloaded(&status);
         }
     };
+    // clients that wait for an export are told that there is none
+    drop((control, requests));
 
     info!("{name}: no new clients; finishing what is in flight, for up to {} s", STOP_LIMIT.as_secs());
     notify::stopping();

@@ -1,16 +1,18 @@
-//! Reading the configuration at start and again on SIGHUP: what is applied, what is said, when to look once more.
+//! Reading the configuration at start and again when asked: what is applied, what is said, when to look once more.
 //!
 //! A control plane may signal while it still writes a file. So a reload is a series of passes: each applies what is
 //! complete. While a file looks half-written, another pass follows shortly; while one has just changed, it is looked at
-//! again in growing intervals and read again if it has changed once more. Called by the daemon, which does the waiting
-//! and hands the plans to the registry.
+//! again in growing intervals and read again if it has changed once more. Called by the control thread, which does the
+//! waiting and hands the plans to the registry.
 
 use crate::export::config::{ExportConfig, ServerConfig};
-use crate::export::load::{self, Loaded, Stamps};
-use crate::export::plan::{Plan, plan};
+use crate::export::control::Outcome;
+use crate::export::load::{self, Loaded, Loader, Stamps};
+use crate::export::plan::{Plan, Scope, plan};
 use crate::export::problem::{Problem, Severity};
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
@@ -22,20 +24,23 @@ const MAX_PASSES: u32 = 50;
 /// The state of the configuration as served.
 #[derive(Debug)]
 pub struct Reload {
-    base: PathBuf,
+    loader: Loader,
     /// The settings the daemon was started with; only a restart changes them.
     started_with: ServerConfig,
-    applied: Vec<ExportConfig>,
-    stamps: Stamps,
+    applied: Vec<Arc<ExportConfig>>,
+    /// What the passes under way may change.
+    scope: Scope,
     /// Files of the last pass that had just changed.
     recent: Stamps,
     /// Files of the last pass looked half-written.
     unsettled: bool,
-    /// Counts reloads; the start is 1.
-    generation: u64,
     passes: u32,
-    /// What was logged about this reload, so that its later passes do not repeat it.
+    /// What was logged about this configuration, so that later passes do not repeat it.
     said: HashSet<String>,
+    /// What came of this reload so far; its generation is that of the configuration, which the start begins with 1.
+    outcome: Outcome,
+    /// What this reload found in the files.
+    problems: Vec<Problem>,
     /// What its passes changed and was not logged yet: added, changed, removed.
     counts: [usize; 3],
     /// Its counts were logged once.
@@ -53,6 +58,8 @@ pub struct Pass {
     pub plan: Plan,
     /// Another pass is needed after this time.
     pub again: Option<Duration>,
+    /// Clients may list the exports, as configured now; `None`: not known, as before.
+    pub list_allowed: Option<bool>,
 }
 
 impl Reload {
@@ -60,22 +67,24 @@ impl Reload {
     ///
     /// `Err`, with a message for people: the base file cannot be relied on.
     pub fn start(base: &Path) -> Result<(Reload, ServerConfig, Pass), String> {
-        let loaded = load::load(base);
+        let mut loader = Loader::new(base);
+        let loaded = loader.load();
         let Some(server) = loaded.server.clone() else {
             let errors = loaded.problems.iter().filter(|p| p.severity == Severity::Error);
             let lines: Vec<String> = errors.map(|p| format!("\n  {p}")).collect();
             return Err(format!("cannot start with this configuration:{}", lines.concat()));
         };
         let mut reload = Reload {
-            base: base.to_owned(),
+            loader,
             started_with: server.clone(),
             applied: Vec::new(),
-            stamps: Stamps::new(),
+            scope: Scope::All,
             recent: Stamps::new(),
             unsettled: false,
-            generation: 1,
             passes: 0,
             said: HashSet::new(),
+            outcome: Outcome { generation: 1, ..Outcome::default() },
+            problems: Vec::new(),
             counts: [0; 3],
             counted: false,
             status: String::new(),
@@ -99,33 +108,69 @@ impl Reload {
 
     /// Begins a new reload: the next pass counts as the first.
     pub fn begin(&mut self) {
-        self.generation += 1;
+        self.scope = Scope::All;
         self.passes = 0;
         self.said.clear();
+        self.outcome = Outcome { generation: self.outcome.generation + 1, ..Outcome::default() };
+        self.problems.clear();
         self.counts = [0; 3];
         self.counted = false;
     }
 
-    /// One pass: reads everything again and compares it with what is served.
-    pub fn pass(&mut self) -> Pass {
-        if self.passes > 0 && !self.unsettled && load::unchanged(&self.recent) {
-            self.passes += 1;
-            return Pass { plan: Plan::default(), again: self.next_pause() };
+    /// Begins a look for new exports, unless half-written files are being waited for anyway.
+    pub fn begin_additions(&mut self) {
+        if !self.unsettled {
+            self.scope = Scope::Additions;
+            self.passes = 0;
         }
-        let loaded = load::load_again(&self.base, &self.stamps);
+    }
+
+    /// What came of the reload begun last, so far.
+    pub fn outcome(&self) -> Outcome {
+        Outcome { problems: self.problems.iter().map(Problem::to_string).collect(), ..self.outcome.clone() }
+    }
+
+    /// The number of the configuration as served.
+    pub fn generation(&self) -> u64 {
+        self.outcome.generation
+    }
+
+    /// Nothing that was found looked half-written.
+    pub fn is_settled(&self) -> bool {
+        !self.unsettled
+    }
+
+    /// A further pass of a series. It need not read anything when nothing has changed.
+    pub fn follow_up(&mut self) -> Pass {
+        if !self.unsettled && load::unchanged(&self.recent) {
+            self.passes += 1;
+            let plan = Plan::default();
+            return Pass { plan, again: self.next_pause(), list_allowed: None };
+        }
+        self.pass()
+    }
+
+    /// One pass: reads everything that has changed and compares it with what is served.
+    pub fn pass(&mut self) -> Pass {
+        let loaded = self.loader.load();
         self.take(loaded)
     }
 
     fn take(&mut self, mut loaded: Loaded) -> Pass {
         self.passes += 1;
-        let plan = plan(&self.applied, &loaded);
-        self.applied = plan.applied();
+        let mut plan = plan(&self.applied, &loaded, self.scope);
+        self.applied = std::mem::take(&mut plan.applied);
         self.unsettled = !loaded.unstable.is_empty();
         self.recent = std::mem::take(&mut loaded.recent);
-        self.stamps = std::mem::take(&mut loaded.stamps);
         let again = self.next_pause();
-        self.say(&loaded, &plan, again.is_none() || !self.unsettled);
-        Pass { plan, again }
+        let list_allowed =
+            loaded.server.as_ref().map(|server| server.list_allowed).filter(|_| self.scope == Scope::All);
+        self.note(&loaded, &plan);
+        match self.scope {
+            Scope::All => self.say(&loaded, &plan, again.is_none() || !self.unsettled),
+            Scope::Additions => self.say_additions(&plan),
+        }
+        Pass { plan, again, list_allowed }
     }
 
     fn next_pause(&self) -> Option<Duration> {
@@ -139,9 +184,40 @@ impl Reload {
         }
     }
 
+    /// Adds what a pass found to the outcome.
+    fn note(&mut self, loaded: &Loaded, plan: &Plan) {
+        if self.scope == Scope::Additions {
+            // nobody asked for a report, but it is another configuration
+            self.outcome.generation += u64::from(!plan.add.is_empty());
+            self.outcome.exports = self.applied.len();
+            return;
+        }
+        let outcome = &mut self.outcome;
+        outcome.added.extend(plan.add.iter().map(|e| e.name.clone()));
+        outcome.changed.extend(plan.change.iter().map(|e| e.name.clone()));
+        outcome.removed.extend(plan.remove.iter().cloned());
+        outcome.exports = self.applied.len();
+        // the warnings of an earlier pass still hold; an error may have been that of a half-written file
+        self.problems.retain(|p| p.severity == Severity::Warning);
+        for problem in loaded.problems.iter().chain(&plan.problems) {
+            if !self.problems.contains(problem) {
+                self.problems.push(problem.clone());
+            }
+        }
+        outcome.needs_restart = match &loaded.server {
+            Some(server) => self.started_with.needs_restart(server).into_iter().map(str::to_owned).collect(),
+            None => Vec::new(),
+        };
+        outcome.settled = !self.unsettled;
+        outcome.complete = outcome.settled
+            && loaded.server.is_some()
+            && self.problems.iter().all(|p| p.severity == Severity::Warning)
+            && outcome.needs_restart.is_empty();
+    }
+
     /// Logs what is new. `last`: no pass will follow because of half-written files.
     fn say(&mut self, loaded: &Loaded, plan: &Plan, last: bool) {
-        let generation = self.generation;
+        let generation = self.outcome.generation;
         for problem in loaded.problems.iter().chain(&plan.problems) {
             // what a half-written file seems to say is not worth a line
             if !last && loaded.unstable.contains(&problem.file) {
@@ -201,6 +277,13 @@ impl Reload {
             debug!("configuration {generation}: removed {name}");
         }
     }
+
+    /// Logs what a client's asking has brought in; the problems are for whoever asks for a reload.
+    fn say_additions(&self, plan: &Plan) {
+        for export in &plan.add {
+            info!("configuration {}: a client asked for {:?}, added", self.outcome.generation, export.name);
+        }
+    }
 }
 
 fn log(generation: u64, problem: &Problem) {
@@ -216,7 +299,7 @@ mod tests {
     use std::fs;
     use std::time::SystemTime;
 
-    fn names(exports: &[ExportConfig]) -> Vec<&str> {
+    fn names(exports: &[Arc<ExportConfig>]) -> Vec<&str> {
         exports.iter().map(|e| e.name.as_str()).collect()
     }
 

@@ -13,6 +13,7 @@ pub use crate::image::Format;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The port that IANA assigned to NBD.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -176,7 +177,6 @@ impl ServerConfig {
             ("port", self.port != other.port),
             ("unixsock", self.unix_socket != other.unix_socket),
             ("duallisten", self.dual_listen != other.dual_listen),
-            ("allowlist", self.list_allowed != other.list_allowed),
             ("workers", self.workers != other.workers),
             ("imageroots", self.image_roots != other.image_roots),
             ("user", self.user != other.user),
@@ -201,7 +201,7 @@ pub struct Parsed {
     /// The `[generic]` group of a base file; `None` when it cannot be relied on, and for included files.
     pub server: Option<ServerConfig>,
     /// The exports that can be served. Do not use them when `failed`.
-    pub exports: Vec<ExportConfig>,
+    pub exports: Vec<Arc<ExportConfig>>,
     /// Every export's name with the line of its header, refused ones too.
     pub defined: Vec<(String, u32)>,
     /// Everything found, in file order.
@@ -239,7 +239,7 @@ pub fn parse(text: &[u8], file: &Path, role: Role) -> Parsed {
         }
         reader.warn_of_repetition(group);
         defined.push((group.name.clone(), group.line));
-        exports.extend(export(group, &mut reader));
+        exports.extend(export(group, &mut reader).map(Arc::new));
     }
     let mut problems = reader.problems;
     problems.sort_by_key(|p| p.line);

@@ -7,11 +7,12 @@
 
 use crate::export::config::{self, ExportConfig, Parsed, Role, ServerConfig};
 use crate::export::problem::{Problem, Severity};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// Largest configuration file in bytes.
@@ -20,6 +21,8 @@ pub const MAX_FILE_BYTES: u64 = 1 << 20;
 pub const MAX_FILES: usize = 65_536;
 /// How long after its last change an empty or broken file passes for one that is still being written.
 pub const FRESH: Duration = Duration::from_secs(1);
+/// Longest time in which a file system may give two changes the same time stamp, with room to spare.
+const TICK: Duration = Duration::from_millis(100);
 
 /// The whole configuration as found.
 #[derive(Debug, Default)]
@@ -28,17 +31,16 @@ pub struct Loaded {
     /// take effect.
     pub server: Option<ServerConfig>,
     /// Every export that can be served, sorted by name; names are unique.
-    pub exports: Vec<ExportConfig>,
+    pub exports: Vec<Arc<ExportConfig>>,
     /// Files whose exports stay what they were: those with errors and those in `unstable`.
     pub failed: BTreeSet<PathBuf>,
     /// Export names that several files define: these exports stay what they were.
     pub contested: BTreeSet<String>,
-    /// Everything found, file by file.
+    /// What was found, file by file: of files that have not changed since the last load only what keeps them from taking
+    /// effect.
     pub problems: Vec<Problem>,
     /// Files that look half-written: read again shortly.
     pub unstable: BTreeSet<PathBuf>,
-    /// What each file looked like when it was read; two loads with equal stamps read the same.
-    pub stamps: Stamps,
     /// The stamps of files that changed within [`FRESH`]: although they look complete, more may follow.
     pub recent: Stamps,
 }
@@ -71,6 +73,8 @@ pub struct Stamp {
     inode: u64,
     size_bytes: u64,
     modified_ns: i128,
+    /// The modification time can be set at will, this one cannot.
+    changed_ns: i128,
 }
 
 impl Stamp {
@@ -80,51 +84,84 @@ impl Stamp {
             inode: metadata.ino(),
             size_bytes: metadata.len(),
             modified_ns: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
+            changed_ns: i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec()),
         }
     }
 
-    /// Changed less than [`FRESH`] before (or, with a clock that was set, after) `now`.
+    /// Modified less than [`FRESH`] before (or, with a clock that was set, after) `now`.
     fn is_fresh(&self, now: SystemTime) -> bool {
-        let now_ns = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i128);
-        (now_ns - self.modified_ns).unsigned_abs() < FRESH.as_nanos()
+        is_within(self.modified_ns, now, FRESH)
     }
+
+    /// Changed so shortly before `now` that a further change might leave the same times.
+    fn is_ambiguous(&self, now: SystemTime) -> bool {
+        is_within(self.changed_ns, now, TICK)
+    }
+}
+
+fn is_within(ns: i128, now: SystemTime, distance: Duration) -> bool {
+    let now_ns = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i128);
+    (now_ns - ns).unsigned_abs() < distance.as_nanos()
 }
 
 /// Reads the base file `path` and what it includes.
 pub fn load(path: &Path) -> Loaded {
-    load_again(path, &Stamps::new())
+    Loader::new(path).load()
 }
 
-/// Like [`load`], knowing what an earlier load saw: a file whose last line is not ended is complete after all when
-/// it has not changed since.
-pub fn load_again(path: &Path, seen: &Stamps) -> Loaded {
-    let now = SystemTime::now();
-    let base_path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let base = read_and_parse(&base_path, Role::Base, seen, now).unwrap_or_else(|| {
-        let what = "the configuration file does not exist";
-        Piece::unreadable(&base_path, what.into(), "create it, or name another one with -c")
-    });
-    let mut included = Vec::new();
-    let mut includedir_problem = None;
-    if let Some(directory) = base.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
-        match list(directory) {
-            Ok(files) => {
-                included = files.iter().filter_map(|f| read_and_parse(f, Role::Included, seen, now)).collect();
-            }
-            Err(what) => {
-                let what = format!("includedir {}: {what}", directory.display());
-                includedir_problem =
-                    Some(Problem::in_file(Severity::Error, &base_path, what, "create it, or change the key"));
+/// Reads the configuration again and again; a file that has not changed since the last time is not read anew.
+#[derive(Debug)]
+pub struct Loader {
+    base: PathBuf,
+    /// Every file of the last load.
+    known: HashMap<PathBuf, Arc<Piece>>,
+}
+
+impl Loader {
+    /// A loader for the base file `path` that knows nothing yet.
+    pub fn new(path: &Path) -> Loader {
+        Loader { base: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()), known: HashMap::new() }
+    }
+
+    /// Reads the base file and what it includes.
+    pub fn load(&mut self) -> Loaded {
+        let now = SystemTime::now();
+        let base = self.piece(&self.base, Role::Base, now).unwrap_or_else(|| {
+            let what = "the configuration file does not exist";
+            Arc::new(Piece::unreadable(&self.base, what.into(), "create it, or name another one with -c"))
+        });
+        let mut included = Vec::new();
+        let mut includedir_problem = None;
+        if let Some(directory) = base.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
+            match list(directory) {
+                Ok(files) => included = files.iter().filter_map(|f| self.piece(f, Role::Included, now)).collect(),
+                Err(what) => {
+                    let what = format!("includedir {}: {what}", directory.display());
+                    includedir_problem =
+                        Some(Problem::in_file(Severity::Error, &self.base, what, "create it, or change the key"));
+                }
             }
         }
+        let mut loaded = assemble(&base, &included, &self.known);
+        if let Some(problem) = includedir_problem {
+            // the directory's exports are unknown, which is not the same as none
+            loaded.server = None;
+            loaded.problems.push(problem);
+        }
+        self.known = std::iter::once(base).chain(included).map(|piece| (piece.path.clone(), piece)).collect();
+        loaded
     }
-    let mut loaded = assemble(base, included);
-    if let Some(problem) = includedir_problem {
-        // the directory's exports are unknown, which is not the same as none
-        loaded.server = None;
-        loaded.problems.push(problem);
+
+    /// One file, read if it has changed. `None`: there is no such file (any more).
+    fn piece(&self, path: &Path, role: Role, now: SystemTime) -> Option<Arc<Piece>> {
+        let known = self.known.get(path);
+        if let Some(known) = known.filter(|known| known.certain)
+            && path.metadata().is_ok_and(|found| known.stamp == Some(Stamp::of(&found)))
+        {
+            return Some(Arc::clone(known));
+        }
+        read_and_parse(path, role, known.and_then(|known| known.stamp), now).map(Arc::new)
     }
-    loaded
 }
 
 /// The `*.conf` entries of a directory in sorted order.
@@ -151,18 +188,21 @@ pub struct Piece {
     stamp: Option<Stamp>,
     unstable: bool,
     fresh: bool,
+    /// While it has this stamp it has this content.
+    certain: bool,
 }
 
 impl Piece {
     fn unreadable(path: &Path, what: String, remedy: &str) -> Piece {
         let problems = vec![Problem::in_file(Severity::Error, path, what, remedy)];
         let parsed = Parsed { server: None, exports: Vec::new(), defined: Vec::new(), problems, failed: true };
-        Piece { path: path.to_owned(), parsed, stamp: None, unstable: false, fresh: false }
+        Piece { path: path.to_owned(), parsed, stamp: None, unstable: false, fresh: false, certain: false }
     }
 }
 
-/// `None`: there is no such file (any more).
-fn read_and_parse(path: &Path, role: Role, seen: &Stamps, now: SystemTime) -> Option<Piece> {
+/// `seen`: what it looked like at an earlier load. A file whose last line is not ended is complete after all when it has
+/// not changed since. `None`: there is no such file (any more).
+fn read_and_parse(path: &Path, role: Role, seen: Option<Stamp>, now: SystemTime) -> Option<Piece> {
     let content = match read(path) {
         Ok(content) => content,
         // gone since the directory was listed; a dangling link, however, is there and cannot be read
@@ -174,10 +214,11 @@ fn read_and_parse(path: &Path, role: Role, seen: &Stamps, now: SystemTime) -> Op
     };
     let parsed = config::parse(&content.text, path, role);
     let fresh = content.stamp.is_fresh(now);
-    let unended = content.text.last().is_some_and(|b| *b != b'\n') && seen.get(path) != Some(&content.stamp);
+    let unended = content.text.last().is_some_and(|b| *b != b'\n') && seen != Some(content.stamp);
     let incomplete = content.text.is_empty() || parsed.failed || unended;
     let unstable = content.changed || (fresh && incomplete);
-    Some(Piece { path: path.to_owned(), parsed, stamp: Some(content.stamp), unstable, fresh })
+    let certain = !unstable && !unended && !content.stamp.is_ambiguous(now);
+    Some(Piece { path: path.to_owned(), parsed, stamp: Some(content.stamp), unstable, fresh, certain })
 }
 
 /// What a file holds.
@@ -211,43 +252,45 @@ fn checked_stamp(file: &File) -> io::Result<Stamp> {
     }
 }
 
-/// Puts the files together: finds names defined twice and sets failed files aside.
-pub fn assemble(base: Piece, included: Vec<Piece>) -> Loaded {
+/// Puts the files together: finds names defined twice and sets failed files aside. Of files in `known` only what keeps
+/// them from taking effect is reported.
+fn assemble(base: &Arc<Piece>, included: &[Arc<Piece>], known: &HashMap<PathBuf, Arc<Piece>>) -> Loaded {
     let mut loaded = Loaded { server: base.parsed.server.clone(), ..Loaded::default() };
-    let mut owners: BTreeMap<String, (PathBuf, u32)> = BTreeMap::new();
+    let mut owners: HashMap<&str, (&Path, u32)> = HashMap::new();
     for piece in std::iter::once(base).chain(included) {
-        if let Some(stamp) = piece.stamp {
-            loaded.stamps.insert(piece.path.clone(), stamp);
-            if piece.fresh {
-                loaded.recent.insert(piece.path.clone(), stamp);
-            }
+        if let Some(stamp) = piece.stamp.filter(|_| piece.fresh) {
+            loaded.recent.insert(piece.path.clone(), stamp);
         }
-        loaded.problems.extend(piece.parsed.problems);
+        let is_old = known.get(&piece.path).is_some_and(|known| Arc::ptr_eq(known, piece));
+        let new = piece.parsed.problems.iter().filter(|p| !is_old || p.severity > Severity::Warning);
+        loaded.problems.extend(new.cloned());
         if piece.unstable {
             loaded.unstable.insert(piece.path.clone());
         }
         if piece.unstable || piece.parsed.failed {
-            loaded.failed.insert(piece.path);
+            loaded.failed.insert(piece.path.clone());
             continue;
         }
-        for (name, line) in piece.parsed.defined {
-            match owners.get(&name) {
+        for (name, line) in &piece.parsed.defined {
+            match owners.get(name.as_str()) {
                 Some((first_file, first_line)) => {
                     let what = format!("{}:{first_line} defines the same export", first_file.display());
                     let remedy = "remove one of the two; until then this export stays as it was";
                     let problem = Problem::in_file(Severity::Error, &piece.path, what, remedy);
-                    loaded.problems.push(problem.at(line).group(&name));
-                    loaded.contested.insert(name);
+                    loaded.problems.push(problem.at(*line).group(name));
+                    loaded.contested.insert(name.clone());
                 }
                 None => {
-                    owners.insert(name, (piece.path.clone(), line));
+                    owners.insert(name, (&piece.path, *line));
                 }
             }
         }
-        loaded.exports.extend(piece.parsed.exports);
+        loaded.exports.extend(piece.parsed.exports.iter().cloned());
     }
     let contested = &loaded.contested;
-    loaded.exports.retain(|e| !contested.contains(&e.name));
+    if !contested.is_empty() {
+        loaded.exports.retain(|e| !contested.contains(&e.name));
+    }
     loaded.exports.sort_by(|a, b| a.name.cmp(&b.name));
     loaded
 }
@@ -373,19 +416,41 @@ mod tests {
         d.write("conf.d/torn.conf", "[x]\nexportna");
         d.write("conf.d/unended.conf", "[y]\nexportname=/srv/y.qco");
         d.write("conf.d/whole.conf", "[a]\nexportname=/a\n");
-        let first = d.load();
+        let mut loader = Loader::new(&d.path("config"));
+        let first = loader.load();
         assert_eq!(first.unstable.len(), 3);
         assert_eq!(first.failed, first.unstable);
         assert!(first.recent.contains_key(&d.path("conf.d/whole.conf")) && unchanged(&first.recent));
         assert_eq!(names(&first), ["a"]);
         // unchanged since: the last line is simply not ended
-        let second = load_again(&d.path("config"), &first.stamps);
-        assert_eq!(second.stamps, first.stamps);
+        let second = loader.load();
         assert_eq!(names(&second), ["a", "y"]);
         // long unchanged: empty means empty, and an error is an error
         d.age();
         let third = d.load();
         assert!(third.unstable.is_empty() && third.recent.is_empty() && !unchanged(&first.recent));
         assert_eq!(third.failed, BTreeSet::from([d.path("conf.d/torn.conf")]));
+    }
+
+    #[test]
+    fn only_what_has_changed_is_read_again() {
+        let d = Directory::new();
+        d.write("conf.d/a.conf", "[a]\nexportname=/a\nsize=5\n");
+        d.write("conf.d/bad.conf", "[b]\n");
+        std::thread::sleep(2 * TICK);
+        let mut loader = Loader::new(&d.path("config"));
+        let first = loader.load();
+        assert_eq!(first.problems.len(), 3, "includedir is relative, size unknown, b without a path");
+        let second = loader.load();
+        assert!(Arc::ptr_eq(&first.exports[0], &second.exports[0]));
+        assert_eq!(second.problems.len(), 1, "a warning is said once, an error as long as it lasts");
+        // same size and modification time
+        let modified = d.path("conf.d/a.conf").metadata().and_then(|m| m.modified()).expect("modified");
+        d.write("conf.d/a.conf", "[a]\nexportname=/b\nsize=5\n");
+        let file = File::options().write(true).open(d.path("conf.d/a.conf")).expect("open");
+        file.set_modified(modified).expect("set time");
+        assert_eq!(loader.load().exports[0].path, Path::new("/b"));
+        fs::remove_file(d.path("conf.d/a.conf")).expect("remove");
+        assert!(loader.load().exports.is_empty());
     }
 }

@@ -1,9 +1,11 @@
-//! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry).
+//! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry, service).
 
 pub mod authfile;
 pub mod config;
+pub mod control;
 pub mod hooks;
 pub mod image_keys;
+mod images;
 pub mod keyfile;
 pub mod load;
 pub mod name;
@@ -12,5 +14,14 @@ pub mod problem;
 mod reader;
 pub mod registry;
 pub mod serialize;
+pub mod service;
 pub mod store;
+pub mod usage;
 mod write;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A panic elsewhere leaves nothing half done behind these locks.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -19,5 +19,5 @@ pub mod worker;
 
 pub use file::File;
 pub use runtime::{run, spawn, yield_now};
-pub use socket::{StdStream, Stream};
+pub use socket::{Peer, StdStream, Stream};
 pub use worker::{Job, Load, Workers};

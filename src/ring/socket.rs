@@ -5,6 +5,7 @@
 
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
 use std::cell::OnceCell;
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::{self, Shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -47,7 +48,33 @@ pub struct Stream {
     reading: AsyncFd<OwnedFd>,
     /// A second descriptor of the same socket, watched for writing from the first write that has to wait on.
     writing: OnceCell<AsyncFd<OwnedFd>>,
-    peer: String,
+    peer: Peer,
+}
+
+/// The other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A TCP client.
+    Tcp(net::SocketAddr),
+    /// A process on this machine.
+    Unix {
+        /// Its process ID; 0 when it lives in a namespace that we do not see.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
+    /// Somebody who was gone before we could ask.
+    Unknown,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp(address) => write!(f, "{address}"),
+            Peer::Unix { pid, uid } => write!(f, "unix pid {pid} uid {uid}"),
+            Peer::Unknown => f.write_str("disconnected"),
+        }
+    }
 }
 
 impl Stream {
@@ -56,20 +83,20 @@ impl Stream {
     ///
     /// To be called inside the worker's runtime. Errors: the kernel refuses an option or the registration.
     pub fn from_std(stream: impl Into<StdStream>) -> io::Result<Stream> {
-        let (fd, peer): (OwnedFd, String) = match stream.into() {
+        let (fd, peer): (OwnedFd, Peer) = match stream.into() {
             StdStream::Tcp(s) => {
                 s.set_nonblocking(true)?;
                 s.set_nodelay(true)?;
                 keep_alive(&s)?;
                 // The peer may be gone already; the first read will say so.
-                let peer = s.peer_addr().map_or_else(|_| "disconnected".to_owned(), |a| a.to_string());
+                let peer = s.peer_addr().map_or(Peer::Unknown, Peer::Tcp);
                 (s.into(), peer)
             }
             StdStream::Unix(s) => {
                 s.set_nonblocking(true)?;
                 let peer = match getsockopt(&s, sockopt::PeerCredentials) {
-                    Ok(cred) => format!("unix pid {} uid {}", cred.pid(), cred.uid()),
-                    Err(_) => "unix".to_owned(),
+                    Ok(cred) => Peer::Unix { pid: cred.pid(), uid: cred.uid() },
+                    Err(_) => Peer::Unknown,
                 };
                 (s.into(), peer)
             }
@@ -77,9 +104,9 @@ impl Stream {
         Ok(Stream { reading: watch(fd, Interest::READABLE)?, writing: OnceCell::new(), peer })
     }
 
-    /// The other end, for log lines: `192.0.2.1:34567`, or `unix pid 123 uid 0`.
-    pub fn peer(&self) -> &str {
-        &self.peer
+    /// The other end.
+    pub fn peer(&self) -> Peer {
+        self.peer
     }
 
     /// Reads what is there; 0 is the end of the stream. Errors: WouldBlock when nothing is, then [`Stream::readable`].
@@ -260,13 +287,13 @@ mod tests {
         let (client, server) = tcp_pair();
         run(async move {
             let stream = Stream::from_std(server).unwrap();
-            assert_eq!(stream.peer(), client.local_addr().unwrap().to_string());
+            assert_eq!(stream.peer(), Peer::Tcp(client.local_addr().unwrap()));
             assert!(getsockopt(&stream, sockopt::TcpNoDelay).unwrap());
             assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
             assert_eq!(getsockopt(&stream, sockopt::TcpKeepIdle).unwrap(), KEEPALIVE_IDLE);
             let (_other, unix) = unix::UnixStream::pair().unwrap();
             let expected = format!("unix pid {} uid {}", std::process::id(), nix::unistd::getuid());
-            assert_eq!(Stream::from_std(unix).unwrap().peer(), expected);
+            assert_eq!(Stream::from_std(unix).unwrap().peer().to_string(), expected);
         })
         .unwrap();
     }

@@ -10,17 +10,19 @@ use super::out::{Out, write_replies};
 use super::receive::{End, Reader};
 use super::session::Session;
 use crate::block::BlockDev;
-use crate::export::registry::{Client, Registry};
+use crate::export::control;
+use crate::export::registry::Registry;
+use crate::export::service::Client;
 use crate::nbd::handshake::Agreed;
-use crate::ring::{self, Stream};
+use crate::ring::{self, Peer, Stream};
 use futures_util::FutureExt;
-use std::cell::Cell;
 use std::future::Future;
 use std::net::Shutdown;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -37,15 +39,17 @@ const LINGER_BYTES: usize = 4096;
 pub struct Context {
     /// The exports.
     pub registry: Arc<Registry>,
+    /// The control thread, which may find more of them.
+    pub control: control::Handle,
     /// Whether clients may list them.
-    pub list_allowed: bool,
+    pub list_allowed: Arc<AtomicBool>,
 }
 
 /// Serves one client. Ends when the client has gone or `shutdown` turned true, and everything it started is over.
 ///
 /// Runs on a worker: inside `ring::spawn` or `ring::run`.
 pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::Receiver<bool>) {
-    let peer = stream.peer().to_owned();
+    let peer = stream.peer();
     // A daemon that dropped its side of the channel is going away too.
     let mut stop = pin!(async move { drop(shutdown.wait_for(|&stop| stop).await) });
     let mut held = None;
@@ -56,7 +60,7 @@ pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::R
     };
     match (deal, held.take()) {
         (Ok(Ok((agreed, rest))), Some(client)) => {
-            transmit(stream, &peer, client, agreed, &rest, stop).await;
+            transmit(stream, peer, client, agreed, &rest, stop).await;
         }
         (deal, client) => {
             match deal {
@@ -75,7 +79,7 @@ pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::R
 /// The transmission phase, and the end of the connection.
 async fn transmit(
     stream: Stream,
-    peer: &str,
+    peer: Peer,
     client: Client,
     agreed: Agreed,
     rest: &[u8],
@@ -94,8 +98,14 @@ async fn transmit(
         agreed,
         out,
         gauge: Rc::new(Gauge::default()),
-        bytes_read: Cell::new(0),
-        bytes_written: Cell::new(0),
+        connection: Arc::clone(client.connection()),
+    });
+    let connection = Arc::clone(client.connection());
+    let stop = pin!(async {
+        tokio::select! {
+            () = stop => End::Shutdown,
+            () = connection.disconnected() => End::Ended,
+        }
     });
 
     let reader = Reader::new(&session, rest, stop).run();
@@ -106,13 +116,14 @@ async fn transmit(
     }
     drain(&session).await;
     let deaf = session.out.has_failed();
-    let (bytes_read, bytes_written) = (session.bytes_read.get(), session.bytes_written.get());
+    let totals = connection.totals();
+    let (bytes_read, bytes_written) = (totals.read.bytes, totals.write.bytes);
 
     // The image first, then courtesy to the client. Nothing of ours may hold the image when `detach` returns: with
     // everything drained this is the last reference to the session.
     drop(session);
     client.detach().await;
-    if matches!(end, End::Shutdown | End::Violation(_)) && !deaf {
+    if matches!(end, End::Shutdown | End::Ended | End::Violation(_)) && !deaf {
         linger(&stream).await;
     }
     // an error means that the client closed first

@@ -3,17 +3,19 @@
 use super::conn::Context;
 use crate::block::{BlockDev, Geometry};
 use crate::export::config::ExportConfig;
-use crate::export::registry::{AttachError, Client};
+use crate::export::service::{AttachError, Client, Export};
 use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Purpose, Refusal, Step, Violation};
 use crate::nbd::{
     NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_CACHE,
     NBD_FLAG_SEND_FAST_ZERO, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES,
 };
-use crate::ring::Stream;
+use crate::ring::{Peer, Stream};
 use bytes::BytesMut;
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long a client may keep us waiting during its handshake, altogether. An idle handshake costs a descriptor.
@@ -56,10 +58,12 @@ pub(super) async fn negotiate(
         wire.send(&handshake.take_output()).await?;
         match step {
             Step::Read => handshake.feed(wire.receive().await?),
-            Step::Export { name, purpose: Purpose::Exists } => handshake.export(exists(context, &name)),
+            Step::Export { name, purpose: Purpose::Exists } => handshake.export(exists(context, &name).await),
             Step::Export { name, purpose: Purpose::Info } => handshake.export(describe(context, name).await),
-            Step::Export { name, purpose: Purpose::Go } => handshake.export(open(context, held, name).await),
-            Step::List if context.list_allowed => handshake.list(Ok(context.registry.names())),
+            Step::Export { name, purpose: Purpose::Go } => {
+                handshake.export(open(context, held, stream.peer(), name).await)
+            }
+            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(context.registry.names())),
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
             Step::Transmission(agreed) => return Ok((agreed, handshake.into_rest())),
             Step::Close(Closing::Aborted) => return Err(NoDeal::Aborted),
@@ -116,25 +120,38 @@ impl Wire<'_> {
     }
 }
 
-fn exists(context: &Context, name: &str) -> Result<ExportInfo, Refusal> {
-    match context.registry.get(name) {
-        Some(_) => Ok(ExportInfo::default()),
-        None => Err(unknown(name)),
+/// The export of this name. One that is not there yet is looked for in the configuration before the client is refused,
+/// so that a file can be written and its export asked for at once.
+async fn find(context: &Context, name: &str) -> Result<Arc<Export>, Refusal> {
+    if let Some(export) = context.registry.get(name) {
+        return Ok(export);
     }
+    context.control.missing(name).await;
+    context.registry.get(name).ok_or_else(|| Refusal::Unknown(format!("no export named {name:?} on this server")))
+}
+
+async fn exists(context: &Context, name: &str) -> Result<ExportInfo, Refusal> {
+    find(context, name).await.map(|_| ExportInfo::default())
 }
 
 /// Describes an export without taking hold of it: who only asks disturbs nobody, and a listing of all exports works
 /// while some of them are in use elsewhere.
 async fn describe(context: &Context, name: String) -> Result<ExportInfo, Refusal> {
-    let Some(export) = context.registry.get(&name) else { return Err(unknown(&name)) };
+    let export = find(context, &name).await?;
     let geometry = export.describe().await.map_err(|e| refused(&e))?;
     Ok(info(name, export.config(), geometry))
 }
 
 /// Takes hold of the export.
-async fn open(context: &Context, held: &mut Option<Client>, name: String) -> Result<ExportInfo, Refusal> {
-    let Some(export) = context.registry.get(&name) else { return Err(unknown(&name)) };
-    let client = held.insert(export.attach().await.map_err(|e| refused(&e))?);
+async fn open(context: &Context, held: &mut Option<Client>, peer: Peer, name: String) -> Result<ExportInfo, Refusal> {
+    let attached = loop {
+        match find(context, &name).await?.attach(peer).await {
+            // a reload came between the two steps
+            Err(AttachError::Retired(_)) => {}
+            attached => break attached,
+        }
+    };
+    let client = held.insert(attached.map_err(|e| refused(&e))?);
     Ok(info(name, client.export().config(), client.disk().geometry()))
 }
 
@@ -166,14 +183,10 @@ pub(super) fn offer(config: &ExportConfig, read_only: bool) -> u16 {
         | flag(!read_only, NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO)
 }
 
-fn unknown(name: &str) -> Refusal {
-    Refusal::Unknown(format!("no export named {name:?} on this server"))
-}
-
 fn refused(e: &AttachError) -> Refusal {
     match e {
-        AttachError::Full { .. } => Refusal::Policy(e.to_string()),
-        AttachError::Image { .. } => Refusal::Unknown(e.to_string()),
+        AttachError::Full { .. } | AttachError::Draining { .. } => Refusal::Policy(e.to_string()),
+        AttachError::Image { .. } | AttachError::Retired(_) => Refusal::Unknown(e.to_string()),
     }
 }
 

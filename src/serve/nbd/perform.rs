@@ -127,9 +127,6 @@ async fn read_bytes(session: &Session, offset: u64, len: usize, fua: bool) -> Re
 pub(super) async fn write(ticket: Ticket, offset: u64, buf: PageBuf, fua: bool) {
     let len = buf.len();
     let result = ticket.session().submit(Op::Write(buf), offset, len as u64, fua).await.result;
-    if result.is_ok() {
-        count_written(ticket.session(), len);
-    }
     ticket.finish(result);
 }
 
@@ -187,10 +184,7 @@ pub(super) async fn write_piece(
 ) {
     let len = buf.len();
     match session.submit(Op::Write(buf), offset, len as u64, false).await.result {
-        Ok(()) => {
-            whole.unstored.set(whole.unstored.get() - len);
-            count_written(&session, len);
-        }
+        Ok(()) => whole.unstored.set(whole.unstored.get() - len),
         Err(e) => whole.error.set(whole.error.get().or(Some(e))),
     }
     drop(memory);
@@ -215,10 +209,6 @@ pub(super) async fn block_status(ticket: Ticket, offset: u64, len: u32, one: boo
         }
         Err(e) => ticket.fail(e),
     }
-}
-
-fn count_written(session: &Session, bytes: usize) {
-    session.bytes_written.set(session.bytes_written.get() + bytes as u64);
 }
 
 #[cfg(test)]

@@ -39,6 +39,8 @@ pub(super) enum End {
     Truncated,
     #[error("server is shutting down")]
     Shutdown,
+    #[error("the connection was ended on request")]
+    Ended,
     #[error("client takes no replies")]
     Deaf,
     #[error("protocol violation: {0}")]
@@ -53,14 +55,14 @@ pub(super) enum End {
 pub(super) struct Reader<'a> {
     session: &'a Rc<Session>,
     input: Input,
-    /// Ready when the daemon shuts down.
-    stop: Pin<&'a mut dyn Future<Output = ()>>,
+    /// Ready when no more requests are to be read, with the reason.
+    stop: Pin<&'a mut dyn Future<Output = End>>,
     turn: u32,
 }
 
 impl<'a> Reader<'a> {
     /// A reader that begins with bytes received during the handshake.
-    pub(super) fn new(session: &'a Rc<Session>, rest: &[u8], stop: Pin<&'a mut dyn Future<Output = ()>>) -> Self {
+    pub(super) fn new(session: &'a Rc<Session>, rest: &[u8], stop: Pin<&'a mut dyn Future<Output = End>>) -> Self {
         Reader { session, input: Input::beginning_with(rest), stop, turn: 0 }
     }
 
@@ -278,7 +280,7 @@ impl<'a> Reader<'a> {
         self.session.out.attend(false);
         let outcome = tokio::select! {
             biased;
-            () = &mut self.stop => Err(End::Shutdown),
+            end = &mut self.stop => Err(end),
             value = future => Ok(value),
         };
         self.session.out.attend(true);

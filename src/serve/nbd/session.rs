@@ -3,13 +3,16 @@
 use super::gauge::{Gauge, Permit};
 use super::out::{Out, Payload, Reply};
 use crate::block::{Completion, Errno, Geometry, Op, Request};
-use crate::export::registry::Export;
+use crate::export::service::Export;
+use crate::export::usage::{Connection, Kind};
 use crate::image::Disk;
 use crate::nbd::handshake::Agreed;
-use crate::nbd::{NBD_CMD_READ, reply, request};
+use crate::nbd::{
+    NBD_CMD_BLOCK_STATUS, NBD_CMD_CACHE, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, reply,
+    request,
+};
 use crate::pagebuf::PageBuf;
 use crate::ring::Stream;
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use tracing::trace;
@@ -23,10 +26,8 @@ pub(super) struct Session {
     pub(super) agreed: Agreed,
     pub(super) out: Rc<Out>,
     pub(super) gauge: Rc<Gauge>,
-    /// Payload bytes of reads that succeeded.
-    pub(super) bytes_read: Cell<u64>,
-    /// Payload bytes of writes that succeeded.
-    pub(super) bytes_written: Cell<u64>,
+    /// Where its requests are counted.
+    pub(super) connection: Arc<Connection>,
 }
 
 impl Session {
@@ -49,15 +50,17 @@ impl Session {
 pub(super) struct Ticket {
     session: Rc<Session>,
     cookie: u64,
-    reading: bool,
+    kind: Kind,
+    len: u32,
     /// `None` once answered.
     permit: Option<Permit>,
 }
 
 impl Ticket {
     pub(super) fn new(session: &Rc<Session>, header: &request::Header, permit: Permit) -> Self {
-        let reading = header.kind == NBD_CMD_READ;
-        Ticket { session: Rc::clone(session), cookie: header.cookie, reading, permit: Some(permit) }
+        session.connection.begin();
+        let (cookie, len, kind) = (header.cookie, header.length, kind(header.kind));
+        Ticket { session: Rc::clone(session), cookie, kind, len, permit: Some(permit) }
     }
 
     pub(super) fn session(&self) -> &Rc<Session> {
@@ -66,7 +69,8 @@ impl Ticket {
 
     /// Success without payload.
     pub(super) fn succeed(mut self) {
-        let head = if self.reading && self.session.agreed.structured {
+        self.count(true);
+        let head = if self.kind == Kind::Read && self.session.agreed.structured {
             reply::none(self.cookie)
         } else {
             reply::simple(self.cookie, Ok(()))
@@ -89,7 +93,7 @@ impl Ticket {
 
     /// All data of a read, `buf` not empty.
     pub(super) fn data(mut self, offset: u64, buf: PageBuf) {
-        self.count_read(buf.len());
+        self.count(true);
         let head = if self.session.agreed.structured {
             reply::offset_data(self.cookie, offset, buf.len(), true)
         } else {
@@ -100,7 +104,6 @@ impl Ticket {
 
     /// A part of the data of a read, `buf` not empty; more will follow. `permit` stands for the buffer.
     pub(super) fn piece(&self, offset: u64, buf: PageBuf, permit: Permit) {
-        self.count_read(buf.len());
         let head = reply::offset_data(self.cookie, offset, buf.len(), false);
         self.send(head, Payload::Data(buf), permit);
     }
@@ -115,6 +118,7 @@ impl Ticket {
 
     /// A structured reply of one chunk.
     pub(super) fn chunk(mut self, head: reply::Head, payload: Vec<u8>) {
+        self.count(true);
         if let Some(permit) = &mut self.permit {
             permit.shrink(payload.len());
         }
@@ -123,6 +127,7 @@ impl Ticket {
 
     /// No answer: the request was not received whole, and the client has gone or will be told so by the close.
     pub(super) fn forget(mut self) {
+        self.count(false);
         self.permit = None;
     }
 
@@ -132,6 +137,7 @@ impl Ticket {
     }
 
     fn answer_error(&mut self, e: Errno) {
+        self.count(false);
         trace!(cookie = self.cookie, error = %e, "request failed");
         if self.session.agreed.structured {
             let (head, message) = reply::error(self.cookie, e);
@@ -150,9 +156,21 @@ impl Ticket {
         self.session.out.push(Reply { head, payload, _permit: permit });
     }
 
-    fn count_read(&self, bytes: usize) {
-        let counter = &self.session.bytes_read;
-        counter.set(counter.get() + bytes as u64);
+    fn count(&self, succeeded: bool) {
+        self.session.connection.end(self.kind, u64::from(self.len), succeeded);
+    }
+}
+
+/// How requests of a type are counted. Those of unknown types fail, whatever they count as.
+fn kind(of: u16) -> Kind {
+    match of {
+        NBD_CMD_WRITE => Kind::Write,
+        NBD_CMD_WRITE_ZEROES => Kind::WriteZeroes,
+        NBD_CMD_TRIM => Kind::Trim,
+        NBD_CMD_FLUSH => Kind::Flush,
+        NBD_CMD_BLOCK_STATUS => Kind::BlockStatus,
+        NBD_CMD_CACHE => Kind::Cache,
+        _ => Kind::Read,
     }
 }
 

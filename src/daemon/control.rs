@@ -1,0 +1,148 @@
+//! The control thread's part in reloads: who asked, when to look next, who is answered when.
+//!
+//! Called by the daemon's loop, which hands over signals, requests and the passing of time.
+
+use super::notify;
+use super::reload::{Pass, Reload};
+use crate::export::control::{Outcome, Request};
+use crate::export::registry::Registry;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+/// Least time between two looks for exports that clients miss.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
+/// The same in multiples of what a look takes, so that clients who ask for nonsense cost little of the control thread.
+const LOOK_SHARE: u32 = 20;
+/// How long a client waits for a half-written file that may hold its export.
+const MISSING_LIMIT: Duration = Duration::from_secs(2);
+
+/// Reloads under way, and who waits for them.
+pub struct Control {
+    reload: Reload,
+    registry: Arc<Registry>,
+    list_allowed: Arc<AtomicBool>,
+    /// The next pass of the series under way.
+    next_pass: Option<Instant>,
+    /// Clients miss exports that were not looked for yet; from then on they may be.
+    look_due: Option<Instant>,
+    /// No look before this.
+    look_earliest: Instant,
+    reloaders: Vec<oneshot::Sender<Outcome>>,
+    missing: Vec<Missing>,
+}
+
+/// A client that waits for its export.
+struct Missing {
+    name: String,
+    since: Instant,
+    /// It was looked for since the client asked.
+    looked: bool,
+    done: oneshot::Sender<()>,
+}
+
+impl Control {
+    /// Takes a start's first pass over, which is applied at once. `list_allowed` follows `allowlist` from then on.
+    pub fn new(reload: Reload, first: Pass, registry: Arc<Registry>, list_allowed: Arc<AtomicBool>) -> Control {
+        let mut control = Control {
+            reload,
+            registry,
+            list_allowed,
+            next_pass: None,
+            look_due: None,
+            look_earliest: Instant::now(),
+            reloaders: Vec::new(),
+            missing: Vec::new(),
+        };
+        control.apply(first);
+        control
+    }
+
+    /// Reads the configuration again: somebody who may ask for it did.
+    pub fn reload(&mut self) {
+        notify::reloading();
+        self.reload.begin();
+        let pass = self.reload.pass();
+        self.apply(pass);
+    }
+
+    /// Carries out a request; it is answered now or after a later pass.
+    pub fn request(&mut self, request: Request) {
+        match request {
+            Request::Reload { wait, done } => {
+                self.reload();
+                match wait && !self.reload.is_settled() {
+                    true => self.reloaders.push(done),
+                    // who asked may have gone
+                    false => drop(done.send(self.reload.outcome())),
+                }
+            }
+            Request::Missing { name, done } => {
+                self.missing.push(Missing { name, since: Instant::now(), looked: false, done });
+                if self.look_due.is_none() {
+                    self.look_due = Some(self.look_earliest);
+                    self.time();
+                }
+            }
+        }
+    }
+
+    /// When [`Control::time`] wants to be called; `None`: not before something else happens.
+    pub fn wakes_at(&self) -> Option<Instant> {
+        [self.next_pass, self.look_due].into_iter().flatten().min()
+    }
+
+    /// Does what is due.
+    pub fn time(&mut self) {
+        let now = Instant::now();
+        if self.look_due.is_some_and(|due| due <= now) {
+            self.look_due = None;
+            self.reload.begin_additions();
+            let pass = self.reload.pass();
+            self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
+            self.apply(pass);
+        } else if self.next_pass.is_some_and(|due| due <= now) {
+            let pass = self.reload.follow_up();
+            self.apply(pass);
+        }
+    }
+
+    fn apply(&mut self, pass: Pass) {
+        self.registry.apply(&pass.plan, self.reload.generation());
+        if let Some(allowed) = pass.list_allowed {
+            self.list_allowed.store(allowed, Ordering::Relaxed);
+        }
+        self.next_pass = pass.again.map(|pause| Instant::now() + pause);
+        for missing in &mut self.missing {
+            missing.looked = true;
+        }
+        if let Some(status) = self.reload.concluded() {
+            notify::reloaded(&status);
+        }
+        self.answer();
+    }
+
+    /// What is served, for people, in a line.
+    pub fn status(&self) -> String {
+        self.reload.status()
+    }
+
+    fn answer(&mut self) {
+        let settled = self.reload.is_settled() || self.next_pass.is_none();
+        if settled {
+            for done in self.reloaders.drain(..) {
+                drop(done.send(self.reload.outcome()));
+            }
+        }
+        let registry = &self.registry;
+        let found = |m: &mut Missing| {
+            m.looked && (settled || m.since.elapsed() > MISSING_LIMIT || registry.get(&m.name).is_some())
+        };
+        for missing in self.missing.extract_if(.., found) {
+            // who asked may have gone
+            let _ = missing.done.send(());
+        }
+    }
+}

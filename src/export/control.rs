@@ -1,0 +1,78 @@
+//! Requests to the control thread, which alone reads and applies the configuration: from the frontends' workers and
+//! from the control API. Carried out by the daemon.
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+/// Requests that may wait for the control thread; who asks when it is full waits.
+const QUEUE: usize = 1024;
+
+/// What the control thread can be asked for.
+#[derive(Debug)]
+pub enum Request {
+    /// Read the configuration again and apply it, as SIGHUP does.
+    Reload {
+        /// Answer only when no file looks half-written any more; otherwise as soon as what is complete is applied.
+        wait: bool,
+        /// Gets what came of it.
+        done: oneshot::Sender<Outcome>,
+    },
+    /// A client asks for an export that is not there: look whether the configuration has it by now.
+    Missing {
+        /// The export.
+        name: String,
+        /// Told when it was looked for.
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// What came of a reload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Its number.
+    pub generation: u64,
+    /// Names of exports that are served since.
+    pub added: Vec<String>,
+    /// Names of exports that are served differently since.
+    pub changed: Vec<String>,
+    /// Names of exports that take no new clients any more.
+    pub removed: Vec<String>,
+    /// Exports in all.
+    pub exports: usize,
+    /// What was found in the files, a line each: every error, and the warnings of files that were read anew.
+    pub problems: Vec<String>,
+    /// Settings that have changed and that only a restart applies.
+    pub needs_restart: Vec<String>,
+    /// Nothing of the configuration is left unapplied.
+    pub complete: bool,
+    /// No file looked half-written at the end.
+    pub settled: bool,
+}
+
+/// Whom to ask. Clones ask the same control thread.
+#[derive(Clone, Debug)]
+pub struct Handle(mpsc::Sender<Request>);
+
+/// A handle, and what the control thread receives from it and its clones.
+pub fn channel() -> (Handle, mpsc::Receiver<Request>) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    (Handle(sender), receiver)
+}
+
+impl Handle {
+    /// Has the configuration read again. `wait`: see [`Request::Reload`]. `None`: the daemon is stopping.
+    pub async fn reload(&self, wait: bool) -> Option<Outcome> {
+        let (done, outcome) = oneshot::channel();
+        self.0.send(Request::Reload { wait, done }).await.ok()?;
+        outcome.await.ok()
+    }
+
+    /// Has the configuration looked through for an export that is not served. Returns when that was done.
+    pub async fn missing(&self, name: &str) {
+        let (done, looked) = oneshot::channel();
+        if self.0.send(Request::Missing { name: name.to_owned(), done }).await.is_ok() {
+            // an error means that the daemon is stopping: then nothing new is served either
+            let _ = looked.await;
+        }
+    }
+}
