@@ -2,6 +2,8 @@
 //!
 //! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
 
+mod check_config;
+mod completions;
 mod image;
 mod name;
 mod progress;
@@ -21,6 +23,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Print every problem of a configuration file; exit status 0 if all of it would take effect, else 1
+    CheckConfig(check_config::Args),
+    /// Print the script that completes this command line in a shell
+    Completions(completions::Args),
     /// Serve the exports of a configuration file until SIGTERM
     Serve(serve::Args),
     /// Make and describe image files
@@ -33,6 +39,8 @@ enum Command {
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::CheckConfig(args) => check_config::run(&args),
+        Command::Completions(args) => completions::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Image(command) => image::run(&command),
         Command::Name(args) => name::run(&args),

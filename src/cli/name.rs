@@ -3,6 +3,7 @@
 use super::progress::print_json;
 use super::say;
 use crate::export::name::{Backup, BackupKind, Disk, Migration, Name, NameError, Time};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
 use std::process::ExitCode;
 use std::time::SystemTime;
@@ -20,7 +21,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N")]
     disk: Option<Disk>,
     /// What the backup holds: full, all of the disk; incr, what has changed since the one before
-    #[arg(long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE", value_parser = kinds())]
     kind: Option<BackupKind>,
     /// When it is made: YYYYMMDDTHHMMSS in UTC, as in RFC 3339, or @SECONDS since 1970 [default: now]
     #[arg(long, value_name = "TIME")]
@@ -31,6 +32,12 @@ pub(super) struct Args {
     /// Print the name and its parts as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// A closed list, so that shells can complete it.
+fn kinds() -> impl TypedValueParser<Value = BackupKind> {
+    PossibleValuesParser::new([BackupKind::Full, BackupKind::Incr].map(BackupKind::word))
+        .try_map(|word| word.parse::<BackupKind>())
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {

@@ -1,11 +1,10 @@
 //! `cowgate serve`.
 
-use super::say;
+use super::check_config;
 use crate::daemon;
 use crate::daemon::background::{self, Launched};
 use crate::daemon::log_file::LogFile;
 use crate::daemon::pid_file::Wanted;
-use crate::export::load::load;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -64,7 +63,7 @@ fn filter(text: &str) -> Result<String, String> {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
     if args.check {
-        return check(args).map(|()| ExitCode::SUCCESS);
+        return check_config::report(&args.config, false);
     }
     if args.daemonize && !args.background_child {
         return background::launch().map(|launched| match launched {
@@ -89,24 +88,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
 
 fn absolute(path: &Path) -> Result<PathBuf, String> {
     std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-fn check(args: &Args) -> Result<(), String> {
-    let loaded = load(&args.config);
-    let mut text: String = loaded.problems.iter().map(|problem| format!("{problem}\n")).collect();
-    let accounts = loaded.server.as_ref().map_or(Ok(()), daemon::check_accounts);
-    if let Err(e) = &accounts {
-        text += &format!("{}: error: {e}\n", args.config.display());
-    }
-    let complete = loaded.server.is_some() && !loaded.has_errors() && accounts.is_ok();
-    if complete {
-        text += &format!("{}: complete, {} exports\n", args.config.display(), loaded.exports.len());
-    }
-    say(&text)?;
-    match complete {
-        true => Ok(()),
-        false => Err(format!("{}: not all of the configuration would take effect", args.config.display())),
-    }
 }
 
 /// Where the log goes. The file, if it is one, can be opened anew.

@@ -6,6 +6,7 @@
 //! configuration again; nobody is disconnected by it.
 
 pub mod background;
+pub mod check;
 mod control;
 pub mod log_file;
 mod notify;
@@ -120,11 +121,6 @@ pub fn run(options: &Options) -> Result<(), Error> {
         workers.stop();
     }
     served
-}
-
-/// Whether the users and groups that a configuration names exist; the message is for people.
-pub fn check_accounts(server: &ServerConfig) -> Result<(), String> {
-    Identity::wanted(server).map(drop).map_err(|e| e.to_string())
 }
 
 /// From start to stop. `to_stop` gets the workers, once there are any.

@@ -2,11 +2,13 @@
 //!
 //! `export::config`, `export::load` and `export::plan` collect them; the daemon logs them and `--check` prints them.
 
+use serde::{Serialize, Serializer};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// What a finding means for the exports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Takes effect anyway; a key that is ignored, for instance.
     Warning,
@@ -28,11 +30,12 @@ impl fmt::Display for Severity {
 }
 
 /// One finding. `Display` gives one line: `file:line: error: [group] key = value: what; remedy`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// What it means for the exports.
     pub severity: Severity,
     /// The file it was found in.
+    #[serde(serialize_with = "as_shown")]
     pub file: PathBuf,
     /// Line in that file, from 1, when one line is to blame.
     pub line: Option<u32>,
@@ -94,6 +97,11 @@ impl fmt::Display for Problem {
         }
         write!(f, "{}; {}", self.what, self.remedy)
     }
+}
+
+/// A path that is not UTF-8 has no other form in JSON.
+fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// Text from a file made fit for one line of a message: decoded, shortened, control characters escaped.
