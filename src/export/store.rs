@@ -484,14 +484,34 @@ mod tests {
         assert_eq!(names_in(d.path()), ["file"]);
     }
 
+    /// Counts down when its thread ends, also by a panic.
+    struct Countdown<'a>(&'a AtomicUsize);
+
+    impl Drop for Countdown<'_> {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     #[test]
     fn writers_of_one_directory_take_turns() {
         let d = directory();
-        let won = AtomicUsize::new(0);
+        let (won, left) = (AtomicUsize::new(0), AtomicUsize::new(8));
         std::thread::scope(|scope| {
+            // nobody ever sees half a file
+            scope.spawn(|| {
+                let replaced = d.path().join(file_name("replaced"));
+                while left.load(Ordering::Relaxed) > 0 {
+                    if let Ok(content) = load::read(&replaced) {
+                        assert!(content.text.ends_with(b"format = raw\n"));
+                    }
+                }
+            });
             for thread in 0..8 {
                 let (d, won) = (d.path(), &won);
+                let done = Countdown(&left);
                 scope.spawn(move || {
+                    let _done = done;
                     for i in 0..10 {
                         add(d, &export(&format!("own-{thread}-{i}"), "/own"), false).expect("added");
                         match add(d, &export(&format!("all-{i}"), &format!("/{thread}")), false) {
