@@ -143,8 +143,18 @@ const IN_EXPORT: &[(&str, Verdict)] = &[
     ("[b\u{85}]\nexportname=/b\n", OnlyNbdServer),
     // not a text file; often one whose writing was cut short
     ("readonly=true\0\n", OnlyNbdServer),
-    // what cannot be served for the sake of a key refuses its export, not the file
+    // splice is ignored, so it stands in nobody's way
     ("splice=true\ncopyonwrite=true\n", OnlyOurs),
+    ("copyonwrite=true\ncowdir=/tmp\nsparse_cow=1\n", Accepted),
+    ("multifile=true\nsync=1\nauthfile=/nowhere\n", Accepted),
+    ("prerun=true\npostrun=echo %s\n", Accepted),
+    ("copyonwrite=x\n", Refused),
+    ("multifile=x\n", Refused),
+    ("prerun=\\q\n", Refused),
+    ("cowdir=\\q\n", Refused),
+    // what cannot be served for the sake of a key refuses its export, not the file
+    ("filesize=-5\n", Accepted),
+    ("prerun=echo %d\n", Accepted),
     ("sdp=true\n", OnlyOurs),
 ];
 

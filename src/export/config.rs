@@ -5,6 +5,7 @@
 //! silence; a key that restricts who may use an export, or decides where its writes go, and that is not supported,
 //! refuses that export rather than serving it without the restriction.
 
+use crate::export::client_keys::{self, ClientKeys};
 use crate::export::image_keys::ImageKeys;
 use crate::export::keyfile::{self, Group, KeyFile};
 use crate::export::problem::{Problem, Severity, printable};
@@ -56,6 +57,8 @@ pub struct ExportConfig {
     pub max_connections: Option<u32>,
     /// How the image is used.
     pub image: ImageKeys,
+    /// What each client gets.
+    pub client: ClientKeys,
     /// Where it is defined.
     pub source: Source,
 }
@@ -74,8 +77,14 @@ impl ExportConfig {
             rotational: false,
             max_connections: None,
             image: ImageKeys::default(),
+            client: ClientKeys::default(),
             source,
         }
+    }
+
+    /// Whether its clients write the image itself.
+    pub fn writes_image(&self) -> bool {
+        !self.read_only && self.client.copy_on_write.is_none()
     }
 
     /// Whether both serve the same thing in the same way: everything but the place of the definition.
@@ -91,11 +100,13 @@ impl ExportConfig {
             rotational,
             max_connections,
             image,
+            client,
             source: _,
         } = self;
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
             && (flush, fua, trim) == (&other.flush, &other.fua, &other.trim)
-            && (rotational, max_connections, image) == (&other.rotational, &other.max_connections, &other.image)
+            && (rotational, max_connections) == (&other.rotational, &other.max_connections)
+            && (image, client) == (&other.image, &other.client)
     }
 }
 
@@ -409,6 +420,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     let mut config = ExportConfig::new(&group.name, PathBuf::new(), source);
     let mut format = None;
     let mut exportname = None;
+    let mut client = client_keys::Draft::default();
     for entry in group.effective() {
         let at = At { group, entry };
         match entry.key.as_str() {
@@ -420,7 +432,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "trim" => config.trim = reader.boolean(at),
             "rotational" => config.rotational = reader.boolean(at).unwrap_or(false),
             "maxconnections" => config.max_connections = max_connections(at, reader),
-            _ if config.image.read(at, reader) => {}
+            _ if config.image.read(at, reader) || client.read(at, reader) => {}
             _ => unsupported(at, reader),
         }
     }
@@ -437,8 +449,9 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     config.format = format.unwrap_or_else(|| Format::by_name(&config.path));
     let key = |key: &str| group.effective().find(|e| e.key == key).map(|entry| At { group, entry });
     config.image.check(config.format, key, reader);
+    config.client = client.finish(&config.path, config.format, config.read_only, reader);
     // a snapshot is never written
-    config.read_only |= config.image.snapshot.is_some();
+    config.read_only |= config.image.snapshot.is_some() && config.client.copy_on_write.is_none();
     let usable = reader.problems[before..].iter().all(|p| p.severity == Severity::Warning);
     usable.then_some(config)
 }
@@ -482,32 +495,15 @@ fn check_template(at: At<'_>, group: &Group, reader: &mut Reader<'_>) {
 fn unsupported(at: At<'_>, reader: &mut Reader<'_>) {
     match at.entry.key.as_str() {
         // where writes go, or what the bytes are
-        "multifile" => reader.refuse_if_true(at, "joining several files is not supported yet"),
-        "copyonwrite" => reader.refuse_if_true(at, "a throw-away layer per client is not supported yet"),
         "temporary" => reader.refuse_if_true(at, "temporary files are not supported yet"),
         "treefiles" => reader.refuse_if_true(at, "trees of block files are not supported yet"),
         "waitfile" => reader.refuse_if_true(at, "waiting for the file is not supported yet"),
         // who may connect
         "force_tls" | "tlsonly" => reader.refuse_if_true(at, "TLS is not supported yet"),
-        "authfile" => reader.refuse_if_set(at, "restricting clients by address is not supported yet"),
-        "prerun" => reader.refuse_if_set(at, "commands that may turn a client away are not supported yet"),
         "virtstyle" => check_virtstyle(at, reader),
         // the rest changes neither
-        "sync" => reader.ignored_boolean(
-            at,
-            "this key is not supported yet and ignored: a write is durable after a flush, with FUA, or when the last \
-             client has left",
-        ),
-        "splice" | "sdp" | "sparse_cow" => reader.ignored_boolean(at, "this key is ignored"),
-        "cowdir" | "postrun" | "transactionlog" | "datalog" | "listenaddr" => {
-            reader.ignored_string(at, "this key is ignored");
-        }
-        "filesize" => {
-            if reader.integer64(at).is_some() {
-                let what = "this key is ignored: an export is as large as its image";
-                reader.key(Severity::Warning, at, what, "make the image with `cowgate image create`");
-            }
-        }
+        "splice" | "sdp" => reader.ignored_boolean(at, "this key is ignored"),
+        "transactionlog" | "datalog" | "listenaddr" => reader.ignored_string(at, "this key is ignored"),
         _ => reader.unknown(at),
     }
 }
@@ -526,6 +522,7 @@ fn check_virtstyle(at: At<'_>, reader: &mut Reader<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::client_keys::CopyOnWrite;
     use crate::export::image_keys::DetectZeroes;
     use crate::export::reader::MAX_PATH_BYTES;
     use crate::qcow2::compress::Compression;
@@ -593,6 +590,45 @@ mod tests {
             "9 error compress",
             "10 error snapshot",
             "11 warning l2cache",
+        ];
+        assert_eq!(found(&parsed), expected);
+    }
+
+    #[test]
+    fn what_each_client_gets() {
+        let parsed = included(
+            "[a]\nexportname=/srv/a\nauthfile=/etc/allow\nprerun=check %s\npostrun = log \"%s\" 100%%\nfilesize=1099511627776\n\
+             multifile=1\ncopyonwrite=true\ncowdir=/tmp\nsparse_cow=true\nsync=true\n\
+             [b]\nexportname=/b.qcow2\nsnapshot=x\ncopyonwrite=1\n\
+             [c]\nexportname=/c d\nauthfile=\nprerun=\npostrun=look \"$COWGATE_PATH\"\nfilesize=0\nmultifile=0\ncopyonwrite=0\ncowdir=\n",
+        );
+        assert_eq!(found(&parsed), [] as [&str; 0]);
+        let [a, b, c] = &parsed.exports[..] else { panic!("three exports") };
+        let expected = ClientKeys {
+            auth_file: Some("/etc/allow".into()),
+            prerun: Some("check %s".into()),
+            postrun: Some("log \"%s\" 100%%".into()),
+            file_size: Some(1 << 40),
+            multi_file: true,
+            copy_on_write: Some(CopyOnWrite { directory: Some("/tmp".into()) }),
+            sync: true,
+        };
+        assert_eq!(a.client, expected);
+        assert!(b.client.copy_on_write.is_some() && !b.read_only, "the snapshot is not written, the layer over it is");
+        let postrun = Some("look \"$COWGATE_PATH\"".into());
+        assert_eq!(c.client, ClientKeys { postrun, ..ClientKeys::default() });
+        let parsed = included(
+            "[a]\nexportname=/a b\nprerun=check '%s'\n[b]\nexportname=/b.qcow2\nmultifile=1\n\
+             [c]\nexportname=/c\nreadonly=1\ncopyonwrite=1\n[d]\nexportname=/d\ncowdir=/tmp\nsparse_cow=1\n\
+             [e]\nexportname=/e\nfilesize=-1\n",
+        );
+        let expected = [
+            "3 refused prerun",
+            "6 error multifile",
+            "10 warning copyonwrite",
+            "13 warning cowdir",
+            "14 warning sparse_cow",
+            "17 refused filesize",
         ];
         assert_eq!(found(&parsed), expected);
     }
@@ -676,15 +712,14 @@ mod tests {
     #[test]
     fn keys_that_restrict_or_redirect_refuse_their_export_only() {
         let keys = [
-            "copyonwrite=true",
-            "multifile=1",
             "temporary=true",
             "treefiles=true",
             "waitfile=true",
             "force_tls=true",
             "tlsonly=true",
-            "authfile=/etc/allow",
-            "prerun=/bin/check %s",
+            "prerun=/bin/check %d",
+            "postrun=/bin/check %",
+            "filesize=-5",
             "exportname=/srv/%s",
         ];
         for key in keys {
@@ -700,10 +735,10 @@ mod tests {
 
     #[test]
     fn export_keys_that_are_ignored_warn() {
-        let text = "[a]\nexportname=/a\nfilesize=1099511627776\nsync=true\nsplice=true\nsdp=true\nsparse_cow=1\ncowdir=/c\n\
-                    postrun=x\ntransactionlog=/t\ndatalog=/d\nlistenaddr=::\nsize=5\n;old=1\nexportname[de]=/x\ntimeout=5\n";
+        let text = "[a]\nexportname=/a\nsplice=true\nsdp=true\nsparse_cow=1\ncowdir=/c\n\
+                    transactionlog=/t\ndatalog=/d\nlistenaddr=::\nsize=5\n;old=1\nexportname[de]=/x\ntimeout=5\n";
         let parsed = included(text);
-        assert_eq!((parsed.exports.len(), parsed.problems.len()), (1, 14));
+        assert_eq!((parsed.exports.len(), parsed.problems.len()), (1, 11));
         assert!(parsed.problems.iter().all(|p| p.severity == Severity::Warning && p.line.is_some()));
         assert_eq!(found(&included("[a]\nexportname=/a\nsync=false\nsdp=0\n")), [] as [&str; 0]);
     }
@@ -767,7 +802,24 @@ mod tests {
         let a = included("[a]\nexportname=/a\n").exports.remove(0);
         let moved = included("\n\n[a]\nexportname=/a\n").exports.remove(0);
         assert!(a != moved && a.same_service(&moved));
-        for other in ["format=qcow2", "readonly=1", "flush=1", "fua=0", "trim=1", "rotational=1", "maxconnections=1"] {
+        for other in [
+            "format=qcow2",
+            "readonly=1",
+            "flush=1",
+            "fua=0",
+            "trim=1",
+            "rotational=1",
+            "maxconnections=1",
+            "detectzeroes=on",
+            "authfile=/x",
+            "prerun=x",
+            "postrun=x",
+            "filesize=1",
+            "multifile=1",
+            "copyonwrite=1",
+            "copyonwrite=1\ncowdir=/x",
+            "sync=1",
+        ] {
             let other = included(&format!("[a]\nexportname=/a\n{other}\n")).exports.remove(0);
             assert!(!a.same_service(&other));
         }

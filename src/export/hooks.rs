@@ -24,6 +24,9 @@ const MAX_COMMAND_BYTES: usize = 128 << 10;
 /// Why a command did not succeed.
 #[derive(Debug, Error)]
 pub enum HookError {
+    /// There is no command to run.
+    #[error("it cannot be started: {0}")]
+    Template(#[from] TemplateError),
     /// There is no shell, no process or no thread for it.
     #[error("it cannot be started: {0}")]
     Start(#[source] io::Error),
@@ -48,13 +51,16 @@ pub struct Hook {
 }
 
 /// Why a command cannot be made of a template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum TemplateError {
     /// A `%` that is neither `%s` nor `%%`.
+    #[error("a % in it is followed neither by s nor by %")]
     Percent,
     /// The path would mean something to the shell.
+    #[error("the path holds characters that a shell would not take as they are")]
     Path,
     /// More than the kernel takes.
+    #[error("it is too long")]
     TooLong,
 }
 

@@ -8,6 +8,7 @@ use super::locked;
 use crate::image::{self, Disk, FileId, Gate, Image, OpenOptions, Opener};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::path::Path;
 use std::rc::{Rc, Weak as LocalWeak};
 use std::sync::{Arc, Mutex, Weak};
 use tracing::info;
@@ -44,17 +45,24 @@ impl Images {
         Images { gate, table: Mutex::new(Table { slots: HashMap::new(), sweep_at: SWEEP_AT }) }
     }
 
-    /// The image of an export if it is open in the same format, else its file.
-    pub(super) fn open_now(&self, config: &ExportConfig) -> Result<Result<Arc<Image>, Opener>, image::Error> {
-        let opener = Opener::new(&config.path)?;
+    /// The size in bytes of the disk in a file of an export, and whether it is marked corrupt. Nothing is locked.
+    pub(super) async fn describe(&self, path: &Path, config: &ExportConfig) -> Result<(u64, bool), image::Error> {
+        let opener = Opener::new(path)?;
+        let snapshot = &config.image.snapshot;
         let slot = locked(&self.table).slots.get(&opener.id()).cloned();
-        let open = slot.and_then(|slot| slot.try_lock().ok().and_then(|slot| slot.get(&config.image.snapshot)));
-        Ok(open.filter(|image| image.format() == config.format).ok_or(opener))
+        let open = slot.and_then(|slot| slot.try_lock().ok().and_then(|slot| slot.get(snapshot)));
+        match open.filter(|image| image.format() == config.format) {
+            Some(image) => Ok((image.size(), image.marked_corrupt())),
+            None => {
+                let size = opener.virtual_size(config.format, snapshot.as_deref()).await?;
+                Ok((size, opener.marked_corrupt(config.format).await?))
+            }
+        }
     }
 
-    /// The image of an export, opened if it is not.
-    pub(super) async fn open(&self, config: &ExportConfig) -> Result<Arc<Image>, image::Error> {
-        let mut opener = Opener::new(&config.path)?;
+    /// The image in a file of an export, opened if it is not.
+    pub(super) async fn open(&self, path: &Path, config: &ExportConfig) -> Result<Arc<Image>, image::Error> {
+        let mut opener = Opener::new(path)?;
         let slot = self.slot(opener.id());
         let mut slot = slot.lock().await;
         if let Some(image) = slot.get(&config.image.snapshot) {
@@ -64,7 +72,7 @@ impl Images {
         let active = match slot.active.upgrade() {
             Some(active) => active,
             None => {
-                if !config.read_only && config.image.snapshot.is_none() {
+                if config.writes_image() {
                     opener.repair_if_dirty(config.format).await?;
                 }
                 let options = OpenOptions { format: config.format, cache_bytes: config.image.cache_bytes };

@@ -1,6 +1,7 @@
 //! Exports: which there are (configuration), what changes on a reload (plan), who is served (registry, service).
 
 pub mod authfile;
+pub mod client_keys;
 pub mod config;
 pub mod control;
 pub mod hooks;
@@ -15,6 +16,7 @@ mod reader;
 pub mod registry;
 pub mod serialize;
 pub mod service;
+mod storage;
 pub mod store;
 pub mod usage;
 mod write;

@@ -150,12 +150,6 @@ impl<'a> Reader<'a> {
         }
     }
 
-    pub(super) fn refuse_if_set(&mut self, at: At<'_>, what: &str) {
-        if self.string(at).is_some_and(|text| !text.is_empty()) {
-            self.refuse(at, what);
-        }
-    }
-
     fn refuse(&mut self, at: At<'_>, what: &str) {
         self.key(Severity::Refused, at, format!("{what}, so this export is not served"), "remove the key");
     }

@@ -4,6 +4,7 @@
 //! export, because it is read back here before it is returned; what the configuration cannot express is an error,
 //! never a file that says something else.
 
+use crate::export::client_keys::{ClientKeys, CopyOnWrite};
 use crate::export::config::{self, ExportConfig, Role};
 use crate::export::image_keys::{DetectZeroes, ImageKeys};
 use crate::export::problem::{Severity, printable};
@@ -43,6 +44,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         rotational,
         max_connections,
         image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot },
+        client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
         source: _,
     } = config;
     let mut group = Lines::new(name);
@@ -76,6 +78,25 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     if let Some(snapshot) = snapshot {
         group.text("snapshot", snapshot);
     }
+    if let Some(path) = auth_file {
+        group.path("authfile", path)?;
+    }
+    for (key, command) in [("prerun", prerun), ("postrun", postrun)] {
+        if let Some(command) = command {
+            group.text(key, command);
+        }
+    }
+    if let Some(bytes) = file_size {
+        group.line("filesize", bytes);
+    }
+    group.flag("multifile", *multi_file);
+    if let Some(CopyOnWrite { directory }) = copy_on_write {
+        group.line("copyonwrite", true);
+        if let Some(directory) = directory {
+            group.path("cowdir", directory)?;
+        }
+    }
+    group.flag("sync", *sync);
     Ok(group.text)
 }
 
@@ -194,6 +215,15 @@ mod tests {
                 cache_bytes: Some(MIN_CACHE_BYTES),
                 snapshot: Some(" before\tupdate\\1 ".into()),
             },
+            client: ClientKeys {
+                auth_file: Some("/etc/allow".into()),
+                prerun: Some(r#"check "$COWGATE_PATH" 100%%"#.into()),
+                postrun: Some("log".into()),
+                file_size: Some(4096),
+                multi_file: false,
+                copy_on_write: None,
+                sync: true,
+            },
             ..export("disk 1", "/srv/50%.qcow2 ")
         };
         let lines = [
@@ -211,6 +241,11 @@ mod tests {
             "detectzeroes = unmap",
             &format!("l2cache = {MIN_CACHE_BYTES}"),
             r"snapshot = \sbefore\tupdate\\1\s",
+            "authfile = /etc/allow",
+            r#"prerun = check "$COWGATE_PATH" 100%%"#,
+            "postrun = log",
+            "filesize = 4096",
+            "sync = true",
             "",
         ];
         assert_eq!(serialize(&config).expect("text"), lines.join("\n"));
@@ -263,6 +298,25 @@ mod tests {
         )
     }
 
+    fn client_keys() -> impl Strategy<Value = ClientKeys> {
+        let path = || proptest::option::weighted(0.3, "/[a-z ]{1,8}".prop_map(std::path::PathBuf::from));
+        let command = || proptest::option::weighted(0.3, "[a-z \\\\$\"']{0,9}[a-z](%%)?");
+        let size = proptest::option::weighted(0.3, prop_oneof![1..=i64::MAX as u64, any::<u64>()]);
+        let cow = proptest::option::weighted(0.3, path().prop_map(|directory| CopyOnWrite { directory }));
+        let flag = || proptest::bool::weighted(0.2);
+        (path(), command(), command(), size, flag(), cow, flag()).prop_map(
+            |(auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync)| ClientKeys {
+                auth_file,
+                prerun,
+                postrun,
+                file_size,
+                multi_file,
+                copy_on_write,
+                sync,
+            },
+        )
+    }
+
     prop_compose! {
         fn any_export()(
             name in text(),
@@ -276,11 +330,13 @@ mod tests {
             rotational: bool,
             max_connections in proptest::option::of(prop_oneof![1..9_u32, any::<u32>()]),
             image in image_keys(),
+            client in client_keys(),
         ) -> ExportConfig {
             let path = if absolute { format!("/{path}") } else { path };
             let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
             ExportConfig {
-                format, read_only, flush, fua, trim, rotational, max_connections, image, ..export(&name, &path)
+                format, read_only, flush, fua, trim, rotational, max_connections, image, client,
+                ..export(&name, &path)
             }
         }
     }
@@ -303,11 +359,16 @@ mod tests {
             let path_fits = config.path.is_absolute() && !config.path.as_os_str().as_bytes().contains(&0);
             let limit_fits = config.max_connections.is_none_or(|n| (1..=i32::MAX as u32).contains(&n));
             let cache_fits = cache_bytes.is_none_or(|n| n >= MIN_CACHE_BYTES);
+            let ClientKeys { file_size, multi_file, copy_on_write, .. } = &config.client;
+            let writes_image = copy_on_write.is_none();
+            let client_fits = file_size.is_none_or(|n| (1..=i64::MAX as u64).contains(&n))
+                && !(*multi_file && config.format == Format::Qcow2)
+                && !(copy_on_write.is_some() && config.read_only);
             let snapshot_fits = snapshot.as_ref().is_none_or(|s| {
-                config.read_only && !s.is_empty() && !s.starts_with('\x0c') && !s.contains('\0')
+                (config.read_only || !writes_image) && !s.is_empty() && !s.starts_with('\x0c') && !s.contains('\0')
             });
             let format_fits = config.format == Format::Qcow2 || (compress.is_none() && snapshot.is_none());
-            let fits = name_fits && path_fits && limit_fits && cache_fits && snapshot_fits && format_fits;
+            let fits = name_fits && path_fits && limit_fits && cache_fits && snapshot_fits && format_fits && client_fits;
             match serialize(&config) {
                 Err(why) => prop_assert!(!fits, "{why}"),
                 Ok(text) => {

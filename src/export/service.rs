@@ -3,31 +3,27 @@
 //! A reload never changes an [`Export`]: it puts another one in its place and retires this one, which then takes no new
 //! clients and is gone when its last client is. Called by the frontends on their workers.
 
+use super::authfile::{self, AuthError};
 use super::config::ExportConfig;
-use super::images::local_disk;
+use super::hooks::{self, Hook, HookError};
 use super::registry::Shared;
+use super::storage::Storage;
 use super::usage::{Connection, Totals};
 use super::{locked, write};
 use crate::block::{BlockDev, Completion, Errno, Geometry, Op, Request};
-use crate::image::{self, Disk, FileId, Image};
+use crate::image::{self, Device, FileId, Image};
 use crate::ring::Peer;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 /// A lock held by somebody else is asked for again this often: `qemu-img` looks at images for moments, and a client
 /// that just left may still be letting go.
 const LOCK_TRIES: u32 = 10;
 /// Pause between two of these tries.
 const LOCK_PAUSE: Duration = Duration::from_millis(30);
-/// First pause before a flush that found no space is tried again; each further one is twice as long.
-const FLUSH_PAUSE: Duration = Duration::from_millis(500);
-/// Longest of these pauses.
-const FLUSH_PAUSE_MAX: Duration = Duration::from_secs(30);
-
 /// One export as it was configured at some time.
 ///
 /// Lock order: `clients`, then `history` or the registry's list of what drains.
@@ -39,8 +35,8 @@ pub struct Export {
     clients: Mutex<Clients>,
     /// What clients of this name did that have left, under earlier definitions too.
     history: Arc<Mutex<Totals>>,
-    /// The image, while it is open.
-    image: Mutex<Weak<Image>>,
+    /// The images, while they are open.
+    images: Mutex<Vec<Weak<Image>>>,
     failure: Mutex<Option<Failure>>,
 }
 
@@ -91,6 +87,30 @@ pub enum AttachError {
         /// Who is to leave first.
         clients: usize,
     },
+    /// The `authfile` does not name the client's address.
+    #[error("export {name:?}: {address} is not admitted; its `authfile` does not name this address")]
+    Denied {
+        /// The export.
+        name: String,
+        /// The client's address.
+        address: String,
+    },
+    /// The `authfile` cannot be relied on.
+    #[error("export {name:?}: {source}")]
+    AuthFile {
+        /// The export.
+        name: String,
+        /// What is wrong with it.
+        source: AuthError,
+    },
+    /// The `prerun` command did not succeed.
+    #[error("export {name:?}: its `prerun` command did not succeed: {source}")]
+    Prerun {
+        /// The export.
+        name: String,
+        /// How it ended.
+        source: HookError,
+    },
     /// A reload came in between: ask the registry again.
     #[error("export {0:?}: its definition has just changed; connect again")]
     Retired(String),
@@ -100,10 +120,13 @@ pub enum AttachError {
 #[must_use = "a client that is dropped without `detach` leaves the image unflushed"]
 pub struct Client {
     // in this order: the image is let go before the seat says so
-    disk: Rc<Disk>,
-    writer: Option<Writer>,
+    storage: Storage,
     seat: Seat,
 }
+
+/// What is left to do when a client has left and its image is flushed: its `postrun` command.
+#[must_use = "dropping it leaves the command out"]
+pub struct Farewell(Option<(String, Hook)>);
 
 /// A place among an export's clients.
 struct Seat {
@@ -111,8 +134,11 @@ struct Seat {
     connection: Arc<Connection>,
 }
 
-/// A counted writer of an image.
-struct Writer(Arc<Image>);
+impl AttachError {
+    pub(super) fn image(config: &ExportConfig, source: image::Error) -> AttachError {
+        AttachError::Image { name: config.name.clone(), source }
+    }
+}
 
 impl Export {
     pub(super) fn new(
@@ -121,8 +147,8 @@ impl Export {
         shared: Arc<Shared>,
         history: Arc<Mutex<Totals>>,
     ) -> Export {
-        let (clients, image, failure) = Default::default();
-        Export { config, generation, shared, clients, history, image, failure }
+        let (clients, images, failure) = Default::default();
+        Export { config, generation, shared, clients, history, images, failure }
     }
 
     /// How it was configured.
@@ -150,9 +176,9 @@ impl Export {
         totals
     }
 
-    /// The image, if a client has it open.
+    /// The image, if a client has it open; of a `multifile` export the first part.
     pub fn image(&self) -> Option<Arc<Image>> {
-        locked(&self.image).upgrade()
+        locked(&self.images).first()?.upgrade()
     }
 
     /// Why the last client that asked was not served; `None` when it was.
@@ -177,42 +203,101 @@ impl Export {
 
     /// Gives the calling worker's connection a hold on the export; opens and locks the image for the first client.
     pub async fn attach(self: &Arc<Self>, peer: Peer) -> Result<Client, AttachError> {
+        let attached = self.let_in(peer).await;
+        match &attached {
+            Ok(_) => *locked(&self.failure) = None,
+            Err(refused @ AttachError::Denied { .. }) => warn!("{refused}"),
+            Err(refused @ (AttachError::Image { .. } | AttachError::AuthFile { .. } | AttachError::Prerun { .. })) => {
+                error!("{refused}");
+                *locked(&self.failure) = Some(Failure { reason: refused.to_string(), at: SystemTime::now() });
+            }
+            Err(_) => {}
+        }
+        attached
+    }
+
+    async fn let_in(self: &Arc<Self>, peer: Peer) -> Result<Client, AttachError> {
+        self.admit(peer)?;
         let seat = self.seat(peer)?;
+        self.prerun(peer).await?;
         let mut tries = 0;
         let refused = loop {
             match self.open().await {
-                Ok((disk, writer)) => {
-                    *locked(&self.failure) = None;
-                    return Ok(Client { disk, writer, seat });
-                }
-                Err(AttachError::Draining { .. } | AttachError::Image { source: image::Error::Locked { .. }, .. })
-                    if tries < LOCK_TRIES =>
-                {
+                Ok(storage) => return Ok(Client { storage, seat }),
+                Err(
+                    AttachError::Draining { .. }
+                    | AttachError::Image { source: image::Error::Locked { .. } | image::Error::Busy { .. }, .. },
+                ) if tries < LOCK_TRIES => {
                     tries += 1;
                     tokio::time::sleep(LOCK_PAUSE).await;
                 }
                 Err(refused) => break refused,
             }
         };
-        if let AttachError::Image { .. } = refused {
-            error!("{refused}");
-            *locked(&self.failure) = Some(Failure { reason: refused.to_string(), at: SystemTime::now() });
+        if self.config.client.prerun.is_some() {
+            // it may have something to take back
+            self.postrun(peer).run().await;
         }
         Err(refused)
     }
 
     /// What a client would get, without taking hold of it: nothing is locked, and what the image names is not opened.
-    pub async fn describe(&self) -> Result<Geometry, AttachError> {
-        let failed = |source| self.failed(source);
-        let (size, corrupt) = match self.shared.images.open_now(&self.config).map_err(failed)? {
-            Ok(image) => (image.size(), image.marked_corrupt()),
-            Err(opener) => {
-                let snapshot = self.config.image.snapshot.as_deref();
-                let size = opener.virtual_size(self.config.format, snapshot).await.map_err(failed)?;
-                (size, opener.marked_corrupt(self.config.format).await.map_err(failed)?)
-            }
+    pub async fn describe(&self, peer: Peer) -> Result<Geometry, AttachError> {
+        self.admit(peer)?;
+        Storage::describe(&self.shared.images, &self.config).await.map_err(|e| AttachError::image(&self.config, e))
+    }
+
+    /// Turns a client away whose address the `authfile` does not name.
+    fn admit(&self, peer: Peer) -> Result<(), AttachError> {
+        let Some(file) = &self.config.client.auth_file else { return Ok(()) };
+        let name = || self.config.name.clone();
+        if let Peer::Unix { .. } = peer {
+            return Ok(()); // the permissions of the socket have let it in
+        }
+        let list = authfile::read(file).map_err(|source| AttachError::AuthFile { name: name(), source })?;
+        let Some(list) = list else {
+            warn!("export {:?}: its authfile {} does not exist, so everybody is admitted", name(), file.display());
+            return Ok(());
         };
-        Ok(Disk::geometry_for(size, !self.config.read_only && !corrupt))
+        match peer {
+            Peer::Tcp(address) if list.admits(address.ip()) => Ok(()),
+            peer => {
+                let address = match peer {
+                    Peer::Tcp(address) => address.ip().to_canonical().to_string(),
+                    peer => peer.to_string(),
+                };
+                Err(AttachError::Denied { name: name(), address })
+            }
+        }
+    }
+
+    async fn prerun(&self, peer: Peer) -> Result<(), AttachError> {
+        let Some(template) = &self.config.client.prerun else { return Ok(()) };
+        let ran = match self.hook(template, peer) {
+            Ok(hook) => hook.run(hooks::LIMIT).await,
+            Err(e) => Err(e),
+        };
+        ran.map_err(|source| AttachError::Prerun { name: self.config.name.clone(), source })
+    }
+
+    fn postrun(&self, peer: Peer) -> Farewell {
+        let name = self.config.name.clone();
+        let hook = self.config.client.postrun.as_ref().map(|template| self.hook(template, peer));
+        Farewell(match hook.transpose() {
+            Ok(hook) => hook.map(|hook| (name, hook)),
+            Err(e) => {
+                warn!("export {name:?}: its `postrun` command did not succeed: {e}");
+                None
+            }
+        })
+    }
+
+    fn hook(&self, template: &str, peer: Peer) -> Result<Hook, HookError> {
+        let path = self.config.path.to_string_lossy().into_owned();
+        let command = hooks::fill(template, &path)?;
+        let name = self.config.name.clone();
+        let variables = [("COWGATE_EXPORT", name), ("COWGATE_PATH", path), ("COWGATE_PEER", peer.to_string())];
+        Ok(Hook { command, variables: variables.into() })
     }
 
     fn seat(self: &Arc<Self>, peer: Peer) -> Result<Seat, AttachError> {
@@ -235,71 +320,45 @@ impl Export {
         }
     }
 
-    async fn open(&self) -> Result<(Rc<Disk>, Option<Writer>), AttachError> {
-        let failed = |source| self.failed(source);
-        let image = self.shared.images.open(&self.config).await.map_err(failed)?;
-        check_compression(&image, &self.config).map_err(failed)?;
-        let writer = self.begin_writing(&image)?;
-        match local_disk(&image, writer.is_some()) {
-            Ok(disk) => {
-                if writer.is_some() {
-                    // what fails here fails the first write
-                    let _ = disk.mark_bitmaps().await;
-                }
-                *locked(&self.image) = Arc::downgrade(&image);
-                Ok((disk, writer))
-            }
-            Err(e) => {
-                if let Some(writer) = writer {
-                    writer.count_out();
-                    image.end_writing();
-                }
-                Err(failed(e))
-            }
-        }
+    async fn open(&self) -> Result<Storage, AttachError> {
+        let storage = Storage::open(&self.shared.images, &self.config, |image| self.may_write(image)).await?;
+        *locked(&self.images) = storage.images().iter().map(Arc::downgrade).collect();
+        Ok(storage)
     }
 
-    /// Counts a writer in, if the export is for writing.
-    fn begin_writing(&self, image: &Arc<Image>) -> Result<Option<Writer>, AttachError> {
-        if self.config.read_only {
-            return Ok(None);
-        }
+    /// Whether an image of this export is written: as a rule, but a corrupt one is served read-only.
+    fn may_write(&self, image: &Image) -> Result<bool, AttachError> {
         if image.marked_corrupt() {
             warn!(
                 "export {:?}: {}: is marked corrupt and served read-only; see `cowgate image check`",
                 self.config.name,
                 image.path().display()
             );
-            return Ok(None);
+            return Ok(false);
         }
-        let clients = self.shared.writers_of_former(&self.config.name, self, image.id());
-        if clients > 0 {
-            return Err(AttachError::Draining { name: self.config.name.clone(), clients });
+        match self.shared.writers_of_former(&self.config.name, self, image.id()) {
+            0 => Ok(true),
+            clients => Err(AttachError::Draining { name: self.config.name.clone(), clients }),
         }
-        image.begin_writing().map_err(|source| self.failed(source))?;
-        Ok(Some(Writer(Arc::clone(image))))
     }
 
     /// How many clients may write the image of this identity. One that is still opening its image may.
     pub(super) fn writers(&self, image: FileId) -> usize {
-        let other = locked(&self.image).upgrade().is_some_and(|open| open.id() != image);
-        match self.config.read_only || other {
+        let open: Vec<FileId> = locked(&self.images).iter().filter_map(Weak::upgrade).map(|open| open.id()).collect();
+        let other = !open.is_empty() && !open.contains(&image);
+        match !self.config.writes_image() || other {
             true => 0,
             false => locked(&self.clients).connected.len(),
         }
     }
 
-    fn failed(&self, source: image::Error) -> AttachError {
-        AttachError::Image { name: self.config.name.clone(), source }
-    }
-
     /// Carries out a request on a device of this export: the only way in.
     ///
-    /// A request with FUA completes when what it wrote is durable.
+    /// A request with FUA completes when what it wrote is durable, and with the key `sync` every one.
     pub async fn submit(&self, disk: &impl BlockDev, request: Request) -> Completion {
         let (range, fua) = (request.range(), request.fua());
         let op = request.into_op();
-        let durable = fua && op.writes();
+        let durable = (fua || self.config.client.sync) && op.writes();
         let mut done = Completion { result: Ok(()), buf: None, extents: Vec::new() };
         match op {
             Op::Read(buf) => {
@@ -327,25 +386,15 @@ impl Export {
     }
 }
 
-/// All compressed clusters of an image are packed in one way: the export cannot choose another.
-fn check_compression(image: &Image, config: &ExportConfig) -> Result<(), image::Error> {
-    match (config.image.compress, image.compression()) {
-        (Some(wanted), can) if can != Some(wanted) => {
-            Err(image::Error::Compression { path: config.path.clone(), wanted, can })
-        }
-        _ => Ok(()),
-    }
-}
-
 impl Client {
     /// The export.
     pub fn export(&self) -> &Arc<Export> {
         &self.seat.export
     }
 
-    /// The calling worker's hands on its image.
-    pub fn disk(&self) -> &Rc<Disk> {
-        &self.disk
+    /// What it reads and writes, for the calling worker.
+    pub fn device(&self) -> &Rc<Device> {
+        self.storage.device()
     }
 
     /// Where its requests are counted.
@@ -358,51 +407,22 @@ impl Client {
     ///
     /// A flush that finds no space is tried again until there is some: the client was told that its data is written, and
     /// what is still in memory is lost when the image is closed.
-    pub async fn detach(mut self) {
-        let Some(writer) = self.writer.take() else { return };
-        let image = Arc::clone(&writer.0);
-        if writer.count_out() > 0 {
-            return;
-        }
-        let path = image.path().display();
-        let mut pause = FLUSH_PAUSE;
-        loop {
-            match self.disk.settle().await {
-                Ok(()) => info!("{path}: the last writer left, flushed"),
-                Err(Errno::ENOSPC | Errno::EDQUOT) => {
-                    if pause == FLUSH_PAUSE {
-                        error!(
-                            "{path}: the last writer left, and there is no space for the flush; free some: it is tried \
-                             again until it succeeds"
-                        );
-                    }
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(FLUSH_PAUSE_MAX);
-                    continue;
-                }
-                Err(e) => {
-                    self.seat.export.shared.failed_flushes.fetch_add(1, Ordering::Relaxed);
-                    error!("{path}: the last writer left, and the flush failed: {e}");
-                }
-            }
-            break;
-        }
-        image.end_writing();
+    pub async fn detach(self) -> Farewell {
+        let Client { storage, seat } = self;
+        storage.close(&seat.export.shared.failed_flushes).await;
+        let farewell = seat.export.postrun(seat.connection.peer);
+        drop(seat);
+        farewell
     }
 }
 
-impl Writer {
-    /// Counts the writer out; returns how many are left.
-    fn count_out(self) -> usize {
-        let image = Arc::clone(&self.0);
-        drop(self);
-        image.writers()
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.0.writer_left();
+impl Farewell {
+    /// Runs the command, if there is one. What becomes of it changes nothing but the log.
+    pub async fn run(self) {
+        let Some((name, hook)) = self.0 else { return };
+        if let Err(e) = hook.run(hooks::LIMIT).await {
+            warn!("export {name:?}: its `postrun` command did not succeed: {e}");
+        }
     }
 }
 

@@ -88,7 +88,8 @@ impl Device {
         let mut parts: Vec<Part> = Vec::with_capacity(disks.len());
         for disk in disks {
             if parts.iter().any(|part| part.disk.image().id() == disk.image().id()) {
-                let why = "is another part of this `multifile` export too; one file cannot be two parts".to_owned();
+                let why =
+                    "is two parts of this `multifile` export, under two names; a file can be one part only".to_owned();
                 return Err(Error::Refused { path: disk.image().path().to_owned(), why });
             }
             let start = parts.last().map_or(0, |part| part.end);

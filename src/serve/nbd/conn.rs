@@ -70,7 +70,10 @@ pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::R
                 Err(_) => error!(%peer, "handshake panicked"),
             }
             if let Some(client) = client {
-                client.detach().await;
+                let farewell = client.detach().await;
+                // to the client, which is to wait for nothing of ours
+                drop(stream);
+                farewell.run().await;
             }
         }
     }
@@ -93,8 +96,8 @@ async fn transmit(
     let session = Rc::new(Session {
         stream: Rc::clone(&stream),
         export: Arc::clone(client.export()),
-        disk: Rc::clone(client.disk()),
-        geometry: client.disk().geometry(),
+        device: Rc::clone(client.device()),
+        geometry: client.device().geometry(),
         agreed,
         out,
         gauge: Rc::new(Gauge::default()),
@@ -122,13 +125,15 @@ async fn transmit(
     // The image first, then courtesy to the client. Nothing of ours may hold the image when `detach` returns: with
     // everything drained this is the last reference to the session.
     drop(session);
-    client.detach().await;
+    let farewell = client.detach().await;
     if matches!(end, End::Shutdown | End::Ended | End::Violation(_)) && !deaf {
         linger(&stream).await;
     }
     // an error means that the client closed first
     let _ = stream.shutdown(Shutdown::Both);
     info!(%peer, %export, bytes_read, bytes_written, reason = %end, "client left");
+    drop(stream);
+    farewell.run().await;
 }
 
 /// Completes what is in flight and sends the replies, to a client that takes them.

@@ -59,7 +59,9 @@ pub(super) async fn negotiate(
         match step {
             Step::Read => handshake.feed(wire.receive().await?),
             Step::Export { name, purpose: Purpose::Exists } => handshake.export(exists(context, &name).await),
-            Step::Export { name, purpose: Purpose::Info } => handshake.export(describe(context, name).await),
+            Step::Export { name, purpose: Purpose::Info } => {
+                handshake.export(describe(context, stream.peer(), name).await)
+            }
             Step::Export { name, purpose: Purpose::Go } => {
                 handshake.export(open(context, held, stream.peer(), name).await)
             }
@@ -136,9 +138,9 @@ async fn exists(context: &Context, name: &str) -> Result<ExportInfo, Refusal> {
 
 /// Describes an export without taking hold of it: who only asks disturbs nobody, and a listing of all exports works
 /// while some of them are in use elsewhere.
-async fn describe(context: &Context, name: String) -> Result<ExportInfo, Refusal> {
+async fn describe(context: &Context, peer: Peer, name: String) -> Result<ExportInfo, Refusal> {
     let export = find(context, &name).await?;
-    let geometry = export.describe().await.map_err(|e| refused(&e))?;
+    let geometry = export.describe(peer).await.map_err(|e| refused(&e))?;
     Ok(info(name, export.config(), geometry))
 }
 
@@ -152,7 +154,7 @@ async fn open(context: &Context, held: &mut Option<Client>, peer: Peer, name: St
         }
     };
     let client = held.insert(attached.map_err(|e| refused(&e))?);
-    Ok(info(name, client.export().config(), client.disk().geometry()))
+    Ok(info(name, client.export().config(), client.device().geometry()))
 }
 
 fn info(name: String, config: &ExportConfig, geometry: Geometry) -> ExportInfo {
@@ -185,7 +187,11 @@ pub(super) fn offer(config: &ExportConfig, read_only: bool) -> u16 {
 
 fn refused(e: &AttachError) -> Refusal {
     match e {
-        AttachError::Full { .. } | AttachError::Draining { .. } => Refusal::Policy(e.to_string()),
+        AttachError::Full { .. }
+        | AttachError::Draining { .. }
+        | AttachError::Denied { .. }
+        | AttachError::AuthFile { .. }
+        | AttachError::Prerun { .. } => Refusal::Policy(e.to_string()),
         AttachError::Image { .. } | AttachError::Retired(_) => Refusal::Unknown(e.to_string()),
     }
 }

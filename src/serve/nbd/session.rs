@@ -5,7 +5,7 @@ use super::out::{Out, Payload, Reply};
 use crate::block::{Completion, Errno, Geometry, Op, Request};
 use crate::export::service::Export;
 use crate::export::usage::{Connection, Kind};
-use crate::image::Disk;
+use crate::image::Device;
 use crate::nbd::handshake::Agreed;
 use crate::nbd::{
     NBD_CMD_BLOCK_STATUS, NBD_CMD_CACHE, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, reply,
@@ -21,7 +21,7 @@ use tracing::trace;
 pub(super) struct Session {
     pub(super) stream: Rc<Stream>,
     pub(super) export: Arc<Export>,
-    pub(super) disk: Rc<Disk>,
+    pub(super) device: Rc<Device>,
     pub(super) geometry: Geometry,
     pub(super) agreed: Agreed,
     pub(super) out: Rc<Out>,
@@ -37,7 +37,7 @@ impl Session {
         let nothing = len == 0 && !matches!(op, Op::Flush);
         match Request::new(op, offset, len, fua, &self.geometry) {
             Ok(_) if nothing => Completion { result: Ok(()), buf: None, extents: Vec::new() },
-            Ok(request) => self.export.submit(&*self.disk, request).await,
+            Ok(request) => self.export.submit(&*self.device, request).await,
             Err(e) => Completion { result: Err(e), buf: None, extents: Vec::new() },
         }
     }
