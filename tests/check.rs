@@ -5,6 +5,7 @@
 
 mod common;
 
+use common::holder::Holder;
 use common::qemu;
 use cowgate::image::check::Subject;
 use cowgate::image::repair::Scope;
@@ -15,7 +16,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const MEMORY: u64 = 64 << 20;
@@ -334,27 +334,14 @@ fn what_cannot_be_checked() {
     assert_eq!(code(&ours("", &dir.path().join("missing.qcow2"))), 1);
     let image = make(dir.path(), "plain", "", &[Step::Write]);
     let before = std::fs::read(&image).unwrap();
-    let mut holder = Command::new("qemu-io")
-        .args(["-f", "qcow2", "-c", "sleep 60000"])
-        .arg(&image)
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    // asking a tool would take a lock itself, and the holder might not get its own
-    let inode = format!(":{} ", std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&image).unwrap()));
-    let start = Instant::now();
-    while !std::fs::read_to_string("/proc/locks").unwrap().contains(&inode) {
-        assert!(start.elapsed() < Duration::from_secs(10), "the holder does not lock the image");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    std::thread::sleep(Duration::from_millis(200)); // it takes several locks, one after the other
+    let holder = Holder::qemu_io(&["-f", "qcow2"], &image).unwrap();
     let refused = ours("--repair", &image);
     let check = ours("", &image);
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    let words = format!("in use by {}", holder.named());
+    drop(holder);
     for output in [refused, check] {
         assert_eq!(code(&output), 1);
-        assert!(told(&output).contains("in use by another program"), "{}", told(&output));
+        assert!(told(&output).contains(&words), "{}", told(&output));
     }
     assert!(std::fs::read(&image).unwrap() == before);
 }

@@ -326,7 +326,7 @@ fn a_data_file_outside_the_roots_missing_or_in_use_is_refused() {
         daemon.uri("twin")
     );
     daemon.python("used", &program);
-    let words = "used.data: is in use by another program";
+    let words = "used.data: is in use by this very process";
     daemon.wait_for(words, || daemon.log().contains(words));
     daemon.stop();
 }

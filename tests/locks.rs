@@ -3,40 +3,13 @@
 mod common;
 
 use common::daemon::Setup;
+use common::holder::Holder;
 use common::qemu;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 fn qemu_img_info(image: &Path) -> bool {
     qemu::output(Command::new("qemu-img").args(["info", "-f", "qcow2"]).arg(image)).status.success()
-}
-
-/// A client that stays connected until it is dropped.
-struct Connected(Child);
-
-impl Connected {
-    fn to(uri: &str) -> Connected {
-        let program = "import nbd, sys\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nprint('on', flush=True)\n\
-                       sys.stdin.read()\nh.shutdown()";
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", program, uri])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), "on");
-        Connected(child)
-    }
-}
-
-impl Drop for Connected {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
 }
 
 #[test]
@@ -47,12 +20,12 @@ fn an_image_held_for_writing_is_refused_by_qemu() {
     setup.export("ro", &image, "readonly = true");
     let daemon = setup.start();
     assert!(qemu_img_info(&image), "nobody is connected: nobody holds it");
-    let writer = Connected::to(&daemon.uri("disk"));
+    let writer = Holder::client(&daemon.uri("disk")).unwrap();
     assert!(!qemu_img_info(&image), "info without -U");
     qemu::run(Command::new("qemu-img").args(["info", "-U", "-f", "qcow2"]).arg(&image));
     let write = ["-f", "qcow2", "-c", "write 0 512"];
     assert!(!qemu::output(Command::new("qemu-io").args(write).arg(&image)).status.success(), "a second writer");
-    let reader = Connected::to(&daemon.uri("ro"));
+    let reader = Holder::client(&daemon.uri("ro")).unwrap();
     drop(writer);
     daemon.wait_for("the write lock to be given back", || qemu_img_info(&image));
     assert!(
@@ -68,32 +41,21 @@ fn an_image_held_for_writing_is_refused_by_qemu() {
 }
 
 #[test]
-fn an_image_held_by_qemu_is_refused_by_us() {
+fn the_holder_is_named() {
     let setup = Setup::new();
     let image = setup.image("disk.qcow2", "", "1M");
     setup.export("disk", &image, "");
     setup.export("ro", &image, "readonly = true");
     let daemon = setup.start();
-    let mut qemu_io = Command::new("qemu-io")
-        .args(["-f", "qcow2"])
-        .arg(&image)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // its answer says that it has the image open; asking qemu-img instead could lock it out
-    qemu_io.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-    let mut answer = String::new();
-    BufReader::new(qemu_io.stdout.take().unwrap()).read_line(&mut answer).unwrap();
-    assert!(answer.contains("MiB"), "{answer}");
+    let holder = Holder::qemu_io(&["-f", "qcow2"], &image).unwrap();
     for export in ["disk", "ro"] {
         let out = qemu::output(Command::new("nbdinfo").arg(daemon.uri(export)));
         assert!(!out.status.success(), "{export} while QEMU writes");
         let said = qemu::text(&out.stderr);
-        assert!(said.contains("in use by another program") || daemon.log().contains("in use by another program"));
+        let words = format!("export {export:?}: {}: is in use by {}: its", image.display(), holder.named());
+        assert!(daemon.log().contains(&words), "{words}: {said}{}", daemon.log());
     }
-    qemu_io.stdin.take().unwrap().write_all(b"quit\n").unwrap();
-    qemu_io.wait().unwrap();
+    drop(holder);
     qemu::run(Command::new("nbdinfo").arg(daemon.uri("disk")));
     let _dir = daemon.stop();
 }
@@ -133,7 +95,7 @@ fn a_backing_file_is_not_written_under_its_overlay() {
     setup.export("base", &base, "");
     setup.export("overlay", &overlay, "");
     let daemon = setup.start();
-    let reader = Connected::to(&daemon.uri("overlay"));
+    let reader = Holder::client(&daemon.uri("overlay")).unwrap();
     assert!(!qemu::output(Command::new("nbdinfo").arg(daemon.uri("base"))).status.success());
     drop(reader);
     daemon.wait_for("the overlay to be closed", || {

@@ -226,16 +226,16 @@ fn images_in_use_are_left_alone() {
     ];
     for line in lines {
         let _holder = bench.hold("top.qcow2");
-        bench.refused(line, &["top.qcow2", "in use by another program", "stop that program"]);
+        bench.refused(line, &["top.qcow2", "in use by qemu-io (pid ", "stop that program"]);
     }
     for line in &lines[..3] {
         let _holder = bench.hold("middle.qcow2");
-        bench.refused(line, &["middle.qcow2", "in use by another program"]);
+        bench.refused(line, &["middle.qcow2", "in use by qemu-io (pid "]);
     }
     {
         // a reader below does not mind a flattening, and does not let the backing file change
         let _holder = bench.hold("sibling.qcow2");
-        bench.refused("commit top.qcow2", &["middle.qcow2", "in use by another program"]);
+        bench.refused("commit top.qcow2", &["middle.qcow2", "in use by qemu-io (pid "]);
         bench.cowgate("flatten top.qcow2 --quiet");
     }
     bench.is("top.qcow2", "want.raw");

@@ -178,7 +178,7 @@ fn an_image_in_use_is_left_alone() {
     bench.qemu_img("create -q -f qcow2 a.qcow2 4M");
     let before = std::fs::read(bench.path("a.qcow2")).unwrap();
     let holder = bench.hold("a.qcow2");
-    bench.refused("resize a.qcow2 8M", &["a.qcow2", "in use by another program", "stop that program"]);
+    bench.refused("resize a.qcow2 8M", &["a.qcow2", "in use by qemu-io (pid ", "stop that program"]);
     drop(holder);
     assert_eq!(std::fs::read(bench.path("a.qcow2")).unwrap(), before);
     bench.cowgate("resize a.qcow2 8M");

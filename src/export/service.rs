@@ -138,6 +138,15 @@ impl AttachError {
     pub(super) fn image(config: &ExportConfig, source: image::Error) -> AttachError {
         AttachError::Image { name: config.name.clone(), source }
     }
+
+    /// Somebody is in the way, who may leave.
+    fn may_end(&self) -> bool {
+        match self {
+            AttachError::Image { source, .. } => source.is_in_use(),
+            AttachError::Draining { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 impl Export {
@@ -224,12 +233,12 @@ impl Export {
         let refused = loop {
             match self.open().await {
                 Ok(storage) => return Ok(Client { storage, seat }),
-                Err(
-                    AttachError::Draining { .. }
-                    | AttachError::Image { source: image::Error::Locked { .. } | image::Error::Busy { .. }, .. },
-                ) if tries < LOCK_TRIES => {
+                Err(refused) if refused.may_end() && tries < LOCK_TRIES => {
                     tries += 1;
                     tokio::time::sleep(LOCK_PAUSE).await;
+                }
+                Err(AttachError::Image { name, source }) => {
+                    break AttachError::Image { name, source: source.with_holders().await };
                 }
                 Err(refused) => break refused,
             }

@@ -163,6 +163,7 @@ impl Parts {
                 }
             }
         };
+        image.warn_of_claims();
         self.disks.push(disk);
         self.images.push(image);
         Ok(())

@@ -111,6 +111,7 @@ pub fn edit(path: &Path, name: &str, edit: &Edit) -> Result<(), Error> {
         done
     })
     .map_err(Error::io(path, "start changing it"))?
+    .map_err(Error::of_a_command)
 }
 
 /// Changes a bitmap of an image that is open for writing, by nobody else and for nothing else: it is to be closed then.

@@ -32,12 +32,7 @@ pub(super) fn open_gate() -> Gate {
 
 /// Runs a command's work on this thread.
 pub(super) fn run<T>(path: &Path, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let result = ring::run(work).map_err(Error::io(path, "start reading it"))?;
-    result.map_err(|e| match e {
-        // the daemon's remedies are not a command's
-        Error::Locked { path, lock, .. } => Error::Locked { path, lock, remedy: "stop that program first" },
-        e => e,
-    })
+    ring::run(work).map_err(Error::io(path, "start reading it"))?.map_err(Error::of_a_command)
 }
 
 /// Opens a chain for reading.

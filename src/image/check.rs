@@ -4,7 +4,7 @@
 //! so is what is read: tables that lie in each other cannot make it read more than a multiple of what the file stores.
 
 use super::open::Opener;
-use super::{Error, Format, Progress};
+use super::{Error, Format, Progress, reading};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::check::{Check, Findings, block_offset};
 use crate::qcow2::header::{Header, PEEK_BYTES, autoclear};
@@ -381,10 +381,10 @@ pub fn check(path: &Path, format: Option<Format>, progress: Progress<'_>) -> Res
     if opener.format(format)? == Format::Raw {
         return Ok(None);
     }
-    opener.lock()?;
     let work = async {
+        opener.lock()?;
         let findings = opener.subject(false, COMMAND_MEMORY)?.check(progress).await?;
         Ok(Report::new(path, &findings, None))
     };
-    ring::run(work).map_err(Error::io(path, "start reading it"))?.map(Some)
+    reading::run(path, work).map(Some)
 }

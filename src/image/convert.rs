@@ -96,7 +96,7 @@ pub fn convert(options: &ConvertOptions, stop: &AtomicBool, progress: Progress<'
         Ok((new, copy.source.image().size(), copy.written.get()))
     };
     // the target's locks end with its descriptors, before others see it
-    let (new, virtual_size, data_size) = ring::run(work).map_err(started)??;
+    let (new, virtual_size, data_size) = ring::run(work).map_err(started)?.map_err(Error::of_a_command)?;
     if let Some(new) = new {
         new.put_in_place()?;
     }
@@ -142,7 +142,7 @@ fn is_part(file: &std::fs::Metadata, source: &Disk) -> bool {
         layers.flat_map(|l| std::iter::once(&l.storage).chain(l.data.as_ref().map(|data| &data.storage)));
     storages.any(|storage| match storage {
         Storage::Memory(_) => false,
-        Storage::File { file: part, block_device: true } => part.metadata().is_ok_and(|m| m.rdev() == file.rdev()),
+        Storage::File { file: part, device: Some(_) } => part.metadata().is_ok_and(|m| m.rdev() == file.rdev()),
         Storage::File { file: part, .. } => {
             part.metadata().is_ok_and(|m| (m.dev(), m.ino()) == (file.dev(), file.ino()))
         }

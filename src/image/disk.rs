@@ -263,7 +263,7 @@ impl Disk {
     pub(super) fn file_extents(&self, layer: usize, run: HostRange, most: usize) -> Vec<(u64, bool)> {
         let layer = &self.image.layers[layer];
         match (&layer.content, &layer.storage) {
-            (Content::Raw, Storage::File { file, block_device: false }) => raw::holes(file, run, most + 1),
+            (Content::Raw, Storage::File { file, device: None }) => raw::holes(file, run, most + 1),
             _ => vec![(run.len(), false)],
         }
     }

@@ -1,6 +1,7 @@
 //! Why an image cannot be opened or made: always with its path, and what to do.
 
 use super::Format;
+use super::holders::{Conflict, Holders};
 use crate::qcow2::HeaderError;
 use crate::qcow2::compress::Compression;
 use std::io;
@@ -102,12 +103,16 @@ pub enum Error {
         why: String,
     },
     /// Another program uses the file.
-    #[error("{}: is in use by another program (its {lock} lock is held); {remedy}", path.display())]
+    #[error("{}: is in use by {holders}: its {lock} lock is held; {remedy}", path.display())]
     Locked {
         /// The file.
         path: PathBuf,
         /// Which of QEMU's permissions clashes.
         lock: &'static str,
+        /// Where to look for the holders.
+        conflict: Box<Conflict>,
+        /// Who holds it, as far as that was looked for: see [`Error::with_holders`].
+        holders: Box<Holders>,
         /// What to do.
         remedy: &'static str,
     },
@@ -129,6 +134,14 @@ pub enum Error {
         dir: PathBuf,
         /// The system's answer.
         source: io::Error,
+    },
+    /// Another program, or the kernel, has the block device for itself.
+    #[error("{}: the device is not free: {by}; free it first, only readers can share it", path.display())]
+    Claimed {
+        /// The device.
+        path: PathBuf,
+        /// What has it.
+        by: String,
     },
     /// The export asks for a way of compressing that the image does not have.
     #[error(
@@ -191,6 +204,40 @@ pub enum Error {
 }
 
 impl Error {
+    /// Somebody uses the file in a way that excludes ours, which may end.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Error::Locked { .. } | Error::Claimed { .. } | Error::Busy { .. })
+    }
+
+    /// Looks who holds the lock that this error is about, if it is about one, to say it with the error. Call it once, when
+    /// the error is reported: the search takes a while, which the other tasks of this thread do not notice.
+    pub async fn with_holders(self) -> Error {
+        let Error::Locked { conflict, .. } = &self else { return self };
+        let conflict = conflict.clone();
+        match tokio::task::spawn_blocking(move || conflict.holders()).await {
+            Ok(found) => self.held_by(found),
+            Err(_) => self, // the runtime ends
+        }
+    }
+
+    fn held_by(mut self, found: Holders) -> Error {
+        if let Error::Locked { holders, remedy, .. } = &mut self {
+            **holders = found;
+            if holders.only_ourselves() {
+                *remedy = "disconnect the clients there first";
+            }
+        }
+        self
+    }
+
+    /// The same error of a command that a user runs, not of a server.
+    pub(super) fn of_a_command(mut self) -> Error {
+        let Error::Locked { conflict, remedy, .. } = &mut self else { return self };
+        *remedy = "stop that program first";
+        let found = conflict.holders();
+        self.held_by(found)
+    }
+
     pub(super) fn io(path: &std::path::Path, action: &'static str) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();
         move |source| Error::Io { path, action, source }

@@ -5,6 +5,8 @@
 //! byte 200 + n; n is 0 for consistent read, 1 for write, 3 for resize. After taking its own marks it asks whether
 //! somebody else's contradict them. The locks belong to the open file and end when it is closed, however that happens.
 
+use super::holders::Conflict;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use std::fs::File;
@@ -21,7 +23,12 @@ const RESIZE: i64 = 3;
 #[derive(Debug)]
 pub enum Refused {
     /// Another open file holds a contradicting mark for this permission.
-    Conflict(&'static str),
+    Conflict {
+        /// The permission.
+        lock: &'static str,
+        /// What the kernel says of the mark.
+        conflict: Conflict,
+    },
     /// The file system cannot lock.
     Io(io::Error),
 }
@@ -48,7 +55,7 @@ pub fn drop_write(file: &File) -> io::Result<()> {
 fn take(file: &File, marks: &[i64], contradicting: &[i64]) -> Result<(), Refused> {
     let result = marks
         .iter()
-        .try_for_each(|&byte| set(file, byte, libc::F_RDLCK).map_err(Refused::Io))
+        .try_for_each(|&byte| mark(file, byte))
         .and_then(|()| contradicting.iter().try_for_each(|&byte| check(file, byte)));
     if result.is_err() {
         for &byte in marks {
@@ -57,6 +64,25 @@ fn take(file: &File, marks: &[i64], contradicting: &[i64]) -> Result<(), Refused
         }
     }
     result
+}
+
+/// Takes one mark. Marks are shared: only somebody who locks these bytes for another purpose is in the way.
+fn mark(file: &File, byte: i64) -> Result<(), Refused> {
+    set(file, byte, libc::F_RDLCK).map_err(|e| match e.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EAGAIN | Errno::EACCES) => {
+            check(file, byte).err().unwrap_or_else(|| conflict(file, byte, -1)) // let go meanwhile
+        }
+        _ => Refused::Io(e),
+    })
+}
+
+fn conflict(file: &File, byte: i64, pid: i32) -> Refused {
+    let lock = match byte % 100 {
+        READ => "read",
+        WRITE => "write",
+        _ => "resize",
+    };
+    Refused::Conflict { lock, conflict: Conflict::note(file, byte, pid) }
 }
 
 fn set(file: &File, byte: i64, kind: libc::c_int) -> io::Result<()> {
@@ -70,11 +96,7 @@ fn check(file: &File, byte: i64) -> Result<(), Refused> {
     if i32::from(request.l_type) == libc::F_UNLCK {
         return Ok(());
     }
-    Err(Refused::Conflict(match byte % 100 {
-        READ => "read",
-        WRITE => "write",
-        _ => "resize",
-    }))
+    Err(conflict(file, byte, request.l_pid))
 }
 
 fn request(byte: i64, kind: libc::c_int) -> libc::flock {
@@ -98,12 +120,23 @@ mod tests {
         let (a, b) = (open(), open());
         share(&a).unwrap();
         share(&b).unwrap();
-        assert!(matches!(add_write(&a), Err(Refused::Conflict("write"))));
+        assert!(matches!(add_write(&a), Err(Refused::Conflict { lock: "write", .. })));
         drop(b);
         add_write(&a).unwrap();
         let c = open();
-        assert!(matches!(share(&c), Err(Refused::Conflict("write"))));
+        assert!(matches!(share(&c), Err(Refused::Conflict { lock: "write", .. })));
         drop_write(&a).unwrap();
         share(&c).unwrap();
+    }
+
+    #[test]
+    fn a_lock_for_another_purpose_is_a_conflict_too() {
+        let f = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(f.path()).unwrap();
+        let other = open();
+        set(&other, USES + READ, libc::F_WRLCK).unwrap();
+        assert!(matches!(share(&open()), Err(Refused::Conflict { lock: "read", .. })));
+        drop(other);
+        share(&open()).unwrap();
     }
 }

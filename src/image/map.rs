@@ -138,7 +138,7 @@ impl Disk {
         most: usize,
     ) -> u64 {
         let layer = &self.image().layers()[depth];
-        let Storage::File { file, block_device: false } = layer.data_storage() else {
+        let Storage::File { file, device: None } = layer.data_storage() else {
             add(out, depth, range, State::Data { zero: false, host });
             return range.len();
         };

@@ -5,6 +5,7 @@
 
 use super::bitmaps;
 use super::check::Subject;
+use super::claim;
 use super::lock;
 use super::shared::{Content, DataFile, FileId, Image, Layer, Storage, locked};
 use super::{Error, Format};
@@ -247,9 +248,10 @@ impl Opener {
         lock::share(&self.file).map_err(|refused| locked(&self.path, refused))
     }
 
-    /// Adds a writer's lock to the reader's.
-    pub(super) fn lock_for_writing(&self) -> Result<(), Error> {
-        lock::add_write(&self.file).map_err(|refused| locked(&self.path, refused))
+    /// Adds a writer's lock to the reader's, and has a block device for itself as long as the file it returns is open.
+    pub(super) fn lock_for_writing(&self) -> Result<Option<File>, Error> {
+        lock::add_write(&self.file).map_err(|refused| locked(&self.path, refused))?;
+        self.block_device.then(|| claim::claim(&self.path, &self.file)).transpose()
     }
 
     /// Gives the writer's lock back.
@@ -308,13 +310,13 @@ impl Opener {
 
     async fn into_layer(self, parsed: Option<Parsed>, data: Option<Opener>, around: Around) -> Result<Layer, Error> {
         let file = self.ring_file()?;
-        let storage = Storage::File { file: self.file, block_device: self.block_device };
+        let storage = Storage::new(self.file, self.block_device);
         let Some(parsed) = parsed else {
             return Ok(raw_layer(self.path, storage, self.len));
         };
         let data = data.map(|data| DataFile {
             path: data.path,
-            storage: Storage::File { file: data.file, block_device: data.block_device },
+            storage: Storage::new(data.file, data.block_device),
             raw: parsed.header.raw_data_file(),
         });
         qcow2_layer(file, storage, self.path, parsed, data, around).await
@@ -401,7 +403,7 @@ pub(super) async fn new_layer(
     let (handle, len) = (again()?, file.metadata().map_err(Error::io(&path, "examine it"))?.len());
     let parsed = parse(&handle, &path, len).await?;
     let around = Around { backing_size, cache_bytes: cache_share(cache_bytes, 1), grows_with_zeroes: true, top: true };
-    let storage = Storage::File { file, block_device: false };
+    let storage = Storage::new(file, false);
     qcow2_layer(handle, storage, path, parsed, None, around).await
 }
 

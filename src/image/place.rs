@@ -26,8 +26,12 @@ impl NewFile {
         if !replace && path.symlink_metadata().is_ok() {
             return Err(refuse("exists already; give --force to replace it"));
         }
-        if replace && path.metadata().is_ok_and(|meta| meta.is_file()) {
-            check_unused(path)?;
+        match path.metadata() {
+            Ok(meta) if replace && meta.is_file() => check_unused(path)?,
+            Ok(_) if replace => {
+                return Err(refuse("is no regular file; a new image takes the place of regular files only"));
+            }
+            _ => {}
         }
         let Some(name) = path.file_name() else { return Err(refuse("is not a file name")) };
         // file systems allow names of 255 bytes
@@ -82,7 +86,7 @@ impl Drop for NewFile {
 fn check_unused(path: &Path) -> Result<(), Error> {
     let file = File::open(path).map_err(Error::io(path, "open it"))?;
     let taken = lock::share(&file).and_then(|()| lock::add_write(&file));
-    taken.map_err(|refused| locked(path, refused))
+    taken.map_err(|refused| locked(path, refused).of_a_command())
 }
 
 /// Where a file that an image names is: a relative name is relative to the image's directory.

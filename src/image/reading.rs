@@ -48,5 +48,5 @@ async fn guess(opener: &Opener, path: &Path) -> Result<Format, Error> {
 
 /// Runs a command's work on this thread. `path` is the image that an error names when there is no io_uring.
 pub fn run<T>(path: &Path, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    ring::run(work).map_err(Error::io(path, "start reading it"))?
+    ring::run(work).map_err(Error::io(path, "start reading it"))?.map_err(Error::of_a_command)
 }

@@ -6,13 +6,12 @@
 
 use super::check::{COMMAND_MEMORY, DAEMON_MEMORY, RefcountBlock, Report, Subject, entries};
 use super::open::Opener;
-use super::{Error, Format, Progress};
+use super::{Error, Format, Progress, reading};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::check::{Check, Findings, block_offset};
 use crate::qcow2::entry::RawEntry;
 use crate::qcow2::header::{Header, autoclear, field, incompatible};
 use crate::qcow2::rebuild::{Mode, Old, Rebuild, with_right_copied, without_place};
-use crate::ring;
 use crate::units::HostOffset;
 use std::path::Path;
 use tracing::{info, warn};
@@ -239,13 +238,13 @@ pub fn repair(
     if opener.format(format)? == Format::Raw {
         return Ok(None);
     }
-    opener.lock()?;
-    opener.lock_for_writing()?;
     let work = async {
+        opener.lock()?;
+        let _claim = opener.lock_for_writing()?;
         let (before, after) = opener.subject(true, COMMAND_MEMORY)?.repair(scope, progress).await?;
         Ok(Report::new(path, &before, Some(&after)))
     };
-    ring::run(work).map_err(Error::io(path, "start reading it"))?.map(Some)
+    reading::run(path, work).map(Some)
 }
 
 impl Opener {
@@ -260,8 +259,9 @@ impl Opener {
             return Ok(());
         }
         self.lock()?;
-        self.lock_for_writing()?;
+        let claim = self.lock_for_writing()?;
         let repaired = self.rebuild_dirty().await;
+        drop(claim);
         let unlocked = self.unlock_for_writing();
         repaired.and(unlocked)
     }

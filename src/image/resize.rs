@@ -101,7 +101,7 @@ fn check(layer: &Layer, old: u64, new: u64) -> Result<(), Error> {
     let refuse = |why: String| Err(Error::Refused { path: layer.path().to_owned(), why });
     if new != old {
         for storage in [layer.data_storage(), &layer.storage] {
-            let Storage::File { block_device: true, .. } = storage else { continue };
+            let Storage::File { device: Some(_), .. } = storage else { continue };
             let holds_the_disk = layer.parsed.is_none() || layer.data.is_some();
             if holds_the_disk && new > storage.len().map_err(Error::io(layer.path(), "find its size"))? {
                 return refuse("the disk lies on a block device, which has no room for the new size".to_owned());
@@ -130,7 +130,7 @@ fn check(layer: &Layer, old: u64, new: u64) -> Result<(), Error> {
 }
 
 fn set_len(path: &Path, storage: &Storage, len: u64) -> Result<(), Error> {
-    if let Storage::File { block_device: true, .. } = storage {
+    if let Storage::File { device: Some(_), .. } = storage {
         return Ok(());
     }
     storage.set_len(len).map_err(Error::io(path, "change its length"))

@@ -44,8 +44,8 @@ pub struct Options<'a> {
 pub fn directory(base: &Image) -> PathBuf {
     // the layer below an internal snapshot is kept where its image is
     match (&base.layers[0].storage, base.path().parent()) {
-        (Storage::File { block_device: false, .. }, Some(dir)) if dir.as_os_str().is_empty() => PathBuf::from("."),
-        (Storage::File { block_device: false, .. }, Some(dir)) => dir.to_owned(),
+        (Storage::File { device: None, .. }, Some(dir)) if dir.as_os_str().is_empty() => PathBuf::from("."),
+        (Storage::File { device: None, .. }, Some(dir)) => dir.to_owned(),
         _ => PathBuf::from(DIRECTORY_FOR_DEVICES),
     }
 }

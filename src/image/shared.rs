@@ -1,18 +1,20 @@
 //! What all threads share of one image.
 
 use super::bitmaps::Bitmaps;
+use super::claim;
 use super::flush::FlushState;
 use super::lock::{self, Refused};
 use super::open::Parsed;
 use super::{Error, Format};
 use crate::qcow2::compress::Compression;
 use crate::qcow2::{Corrupt, Metadata};
-use crate::ring;
+use crate::ring::{self, Exclusive};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
@@ -33,7 +35,7 @@ pub struct Image {
     pub(super) layers: Vec<Arc<Layer>>,
     pub(super) id: FileId,
     /// The image that this one is an internal snapshot of: its lock covers both.
-    _parent: Option<Arc<Image>>,
+    parent: Option<Arc<Image>>,
     /// The image that this one is a temporary layer over.
     base: Option<Still>,
     writers: Mutex<Writers>,
@@ -42,6 +44,8 @@ pub struct Image {
     pub(super) progress: Notify,
     /// Why nobody may write: dirty or corrupt as found.
     pub(super) not_writable: Option<&'static str>,
+    /// Whether its devices have been looked at for [`Image::warn_of_claims`].
+    looked_for_claims: AtomicBool,
 }
 
 /// Connected writers, and whether the file's write lock is held: until the last of them was flushed.
@@ -89,7 +93,11 @@ pub(super) struct DataFile {
 /// Where a layer's bytes are kept.
 pub(super) enum Storage {
     /// A file or block device; this descriptor holds the lock, threads open their own.
-    File { file: File, block_device: bool },
+    File {
+        file: File,
+        /// For a block device: what has it for us alone while the image has writers.
+        device: Option<Arc<Exclusive>>,
+    },
     /// The test double.
     Memory(ring::mem::MemDisk),
 }
@@ -142,35 +150,43 @@ impl Layer {
         self.data.as_ref().map_or(&self.storage, |data| &data.storage)
     }
 
-    /// The files whose locks cover what a writer changes.
-    fn lockable(&self) -> impl Iterator<Item = (&Path, &File)> {
+    /// Its files, and what claims them if they are block devices. The locks of the exported layer's cover what a writer changes.
+    fn lockable(&self) -> impl Iterator<Item = (&Path, &File, Option<&Exclusive>)> {
         let data = self.data.as_ref().map(|data| (data.path.as_path(), &data.storage));
         let all = std::iter::once((self.path.as_path(), &self.storage)).chain(data);
         all.filter_map(|(path, storage)| match storage {
-            Storage::File { file, .. } => Some((path, file)),
+            Storage::File { file, device } => Some((path, file, device.as_deref())),
             Storage::Memory(_) => None,
         })
     }
 }
 
 impl Storage {
+    pub(super) fn new(file: File, block_device: bool) -> Storage {
+        Storage::File { file, device: block_device.then(Arc::default) }
+    }
+
     /// A new descriptor for the calling thread.
     fn open(&self, write: bool) -> std::io::Result<ring::File> {
         match self {
             Storage::Memory(disk) => Ok(ring::File::memory(disk)),
-            Storage::File { file, .. } => {
+            Storage::File { file, device } => {
                 // through /proc: the same inode, even when the path names another file by now
                 let same = format!("/proc/self/fd/{}", file.as_raw_fd());
-                Ok(ring::File::from_std(File::options().read(true).write(write).open(same)?))
+                let file = File::options().read(true).write(write).open(same)?;
+                Ok(match device {
+                    Some(device) if write => ring::File::of_device(file, Arc::clone(device)),
+                    _ => ring::File::from_std(file),
+                })
             }
         }
     }
 
     /// Device and inode; `None` for the test double.
     pub(super) fn id(&self) -> std::io::Result<Option<FileId>> {
-        let Storage::File { file, block_device } = self else { return Ok(None) };
+        let Storage::File { file, device } = self else { return Ok(None) };
         let meta = file.metadata()?;
-        Ok(Some(match block_device {
+        Ok(Some(match device.is_some() {
             true => FileId { device: meta.rdev(), inode: 0 },
             false => FileId { device: meta.dev(), inode: meta.ino() },
         }))
@@ -200,9 +216,7 @@ impl Storage {
     pub(super) fn again(&self) -> std::io::Result<Storage> {
         Ok(match self {
             Storage::Memory(disk) => Storage::Memory(disk.clone()),
-            Storage::File { file, block_device } => {
-                Storage::File { file: file.try_clone()?, block_device: *block_device }
-            }
+            Storage::File { file, device } => Storage::File { file: file.try_clone()?, device: device.clone() },
         })
     }
 }
@@ -217,12 +231,13 @@ impl Image {
         Image {
             layers,
             id,
-            _parent: None,
+            parent: None,
             base: None,
             writers: Mutex::default(),
             flush: Mutex::default(),
             progress: Notify::new(),
             not_writable,
+            looked_for_claims: AtomicBool::new(false),
         }
     }
 
@@ -233,7 +248,7 @@ impl Image {
         layers.extend(parent.layers[1..].iter().cloned());
         let mut image =
             Image::new(layers, parent.id, Some("it is an internal snapshot; export it with `readonly = true`"));
-        image._parent = Some(Arc::clone(parent));
+        image.parent = Some(Arc::clone(parent));
         image
     }
 
@@ -302,7 +317,8 @@ impl Image {
         self.layers[0].parsed.as_ref().is_some_and(|parsed| parsed.header.corrupt)
     }
 
-    /// Counts a writer in; the first takes the write lock. Each success is paired with [`Image::writer_left`].
+    /// Counts a writer in; the first takes the write lock, and has block devices for the image alone. Each success is
+    /// paired with [`Image::writer_left`].
     pub fn begin_writing(&self) -> Result<(), Error> {
         if let Some(why) = self.not_writable {
             return Err(Error::NotWritable { path: self.path().to_owned(), why });
@@ -314,11 +330,9 @@ impl Image {
             return Err(Error::Busy { path: self.path().to_owned(), why });
         }
         if !writers.locked {
-            for (path, file) in self.layers[0].lockable() {
-                if let Err(refused) = lock::add_write(file) {
-                    self.drop_write_locks();
-                    return Err(locked(path, refused));
-                }
+            if let Err(e) = self.take_write_locks() {
+                self.drop_write_locks();
+                return Err(e);
             }
             writers.locked = true;
         }
@@ -339,10 +353,43 @@ impl Image {
         }
     }
 
+    fn take_write_locks(&self) -> Result<(), Error> {
+        for (path, file, device) in self.layers[0].lockable() {
+            lock::add_write(file).map_err(|refused| locked(path, refused))?;
+            if let Some(device) = device {
+                device.hold(claim::claim(path, file)?);
+            }
+        }
+        Ok(())
+    }
+
     fn drop_write_locks(&self) {
-        for (path, file) in self.layers[0].lockable() {
+        for (path, file, device) in self.layers[0].lockable() {
+            if let Some(device) = device {
+                device.release();
+            }
             if let Err(e) = lock::drop_write(file) {
                 warn!("{}: the write lock stays until the image is closed: {e}", path.display());
+            }
+        }
+    }
+
+    /// Warns, once, of devices that are mounted or claimed in another way while they are only read: what is read of
+    /// them may change under the reader. Call it when the first client has got the image.
+    pub fn warn_of_claims(&self) {
+        if self.looked_for_claims.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        // held until the end: a writer that comes meanwhile must not find the device claimed by this very look
+        let writers = unpoisoned(&self.parent.as_ref().map_or(self, |parent| parent).writers);
+        for (index, layer) in self.layers.iter().enumerate() {
+            if index == 0 && writers.locked {
+                continue; // claimed by us
+            }
+            for (path, file, _) in layer.lockable().filter(|(_, _, device)| device.is_some()) {
+                if let Some(by) = claim::claimed_by(file) {
+                    warn!("{}: {by}; what is read of it may be outdated or inconsistent", path.display());
+                }
             }
         }
     }
@@ -381,9 +428,11 @@ impl Drop for Image {
 
 pub(super) fn locked(path: &Path, refused: Refused) -> Error {
     match refused {
-        Refused::Conflict(lock) => Error::Locked {
+        Refused::Conflict { lock, conflict } => Error::Locked {
             path: path.to_owned(),
             lock,
+            conflict: Box::new(conflict),
+            holders: Box::default(),
             remedy: "stop that program, or serve the export with `readonly = true` if it only reads",
         },
         Refused::Io(source) => Error::Io { path: path.to_owned(), action: "lock it", source },

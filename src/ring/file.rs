@@ -3,6 +3,7 @@
 //! Promises: whole lengths (short counts are continued, EINTR and EAGAIN retried, here and nowhere else), zeroes past
 //! the end of the file, the buffer comes back on success and on failure, and a failed sync stays failed.
 
+use super::exclusive::Exclusive;
 use super::mem::{MemDisk, MemFile};
 use super::real::Real;
 use super::runtime::yield_now;
@@ -12,6 +13,7 @@ use crate::units::{HostOffset, HostRange};
 use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -47,6 +49,11 @@ impl File {
     /// per open file, so of two threads that share one only the first to sync would hear of it.
     pub fn from_std(file: std::fs::File) -> File {
         File::new(Backend::Real(Real::new(file)))
+    }
+
+    /// The same for a block device that a descriptor somewhere else may have for itself: what it must do, it does.
+    pub fn of_device(file: std::fs::File, exclusive: Arc<Exclusive>) -> File {
+        File::new(Backend::Real(Real::new(file).with(exclusive)))
     }
 
     /// A file of the test double. Each is an open file of its own.

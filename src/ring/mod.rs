@@ -9,6 +9,7 @@
 //! - [`worker`]: the threads that carry connections, and how one is chosen
 //! - [`runtime`]: the runtime of one thread: [`run`], [`spawn`], [`yield_now`]
 
+mod exclusive;
 pub mod file;
 pub mod mem;
 mod pace;
@@ -17,6 +18,7 @@ pub mod runtime;
 pub mod socket;
 pub mod worker;
 
+pub use exclusive::Exclusive;
 pub use file::File;
 pub use runtime::{run, spawn, yield_now};
 pub use socket::{Peer, StdStream, Stream};

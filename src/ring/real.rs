@@ -1,6 +1,7 @@
 //! A file of the kernel: one try of each operation, in place or through the ring. [`super::file`] continues short
 //! counts, retries, and has checked that offsets fit the kernel's.
 
+use super::exclusive::Exclusive;
 use super::pace::Pace;
 use super::runtime::{Held, yield_now};
 use crate::pagebuf::{PAGE, PageBuf};
@@ -10,6 +11,7 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
 use std::time::Instant;
 use tokio_uring::buf::{IoBuf, IoBufMut};
 
@@ -28,6 +30,8 @@ pub(super) struct Real {
     pub(super) writes_in_place: bool,
     /// Writes that do not wait are possible: the file system has not said otherwise.
     writes_nowait: Cell<bool>,
+    /// Where the device's exclusive descriptor is, if there is one.
+    exclusive: Option<Arc<Exclusive>>,
 }
 
 /// Largest write done in place, in bytes; a longer one is done in pieces. 256 KiB take 25 to 40 us when memory is hot.
@@ -49,7 +53,12 @@ impl Real {
             reads_nowait: Cell::new(cached),
             writes_in_place: cached && !flags.contains(OFlag::O_DSYNC),
             writes_nowait: Cell::new(true),
+            exclusive: None,
         }
+    }
+
+    pub(super) fn with(self, exclusive: Arc<Exclusive>) -> Self {
+        Real { exclusive: Some(exclusive), ..self }
     }
 
     /// Reads into a first part of `buf[from..]`.
@@ -103,6 +112,11 @@ impl Real {
     }
 
     pub(super) async fn fallocate(&self, r: HostRange, mode: i32) -> io::Result<()> {
+        if let Some(exclusive) = &self.exclusive
+            && let Some(done) = exclusive.fallocate(r, mode).await
+        {
+            return done;
+        }
         self.file.fallocate(r.start().0, r.len(), mode).await
     }
 

@@ -3,6 +3,7 @@
 
 pub mod daemon;
 pub mod features;
+pub mod holder;
 pub mod operations;
 pub mod parts;
 pub mod qemu;

@@ -1,9 +1,9 @@
 //! Images made with QEMU's tools, and `cowgate image` run on them.
 
+use super::holder::Holder;
 use super::qemu;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use tempfile::TempDir;
 
 /// A directory of images. Commands run in it, so images are named by their file names.
@@ -107,19 +107,7 @@ impl Bench {
 
     /// Opens an image in QEMU for writing until the answer is dropped.
     pub fn hold(&self, image: &str) -> Holder {
-        let mut qemu_io = Command::new("qemu-io")
-            .args(["-f", "qcow2"])
-            .arg(self.path(image))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // its answer says that it has the image open
-        qemu_io.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-        let mut answer = String::new();
-        BufReader::new(qemu_io.stdout.take().unwrap()).read_line(&mut answer).unwrap();
-        assert!(answer.contains("MiB"), "{answer}");
-        Holder(qemu_io)
+        Holder::qemu_io(&["-f", "qcow2"], &self.path(image)).unwrap()
     }
 
     /// The directory.
@@ -131,16 +119,6 @@ impl Bench {
 /// The words of a line; `''` stands for an empty one.
 fn words(line: &str) -> impl Iterator<Item = &str> {
     line.split_whitespace().map(|word| if word == "''" { "" } else { word })
-}
-
-/// QEMU with an image open.
-pub struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
 }
 
 /// Feature combinations, as options of `qemu-img create`.

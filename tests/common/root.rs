@@ -23,6 +23,7 @@ pub fn available(what_for: &str) -> bool {
 }
 
 /// A mounted file system.
+#[derive(Debug)]
 pub struct Mount {
     dir: TempDir,
 }
@@ -44,6 +45,13 @@ impl Mount {
         qemu::run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&disk));
         qemu::run(Command::new("mount").args(["-t", "ext4", "-o", "loop"]).arg(&disk).arg(mount.path()));
         mount
+    }
+
+    /// What is on a device. `Err`: why it cannot be mounted.
+    pub fn device(device: &Path) -> Result<Mount, String> {
+        let mount = Mount::place();
+        let out = qemu::output(Command::new("mount").args(["-t", "ext4"]).arg(device).arg(mount.path()));
+        if out.status.success() { Ok(mount) } else { Err(qemu::text(&out.stderr)) }
     }
 
     fn place() -> Mount {
@@ -77,8 +85,18 @@ impl Loop {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("disk");
         std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
-        let device = qemu::run(Command::new("losetup").args(["--find", "--show"]).arg(&file));
+        let device = qemu::run(Command::new("losetup").args(["--partscan", "--find", "--show"]).arg(&file));
         Loop { dir, device: PathBuf::from(device.trim()) }
+    }
+
+    /// Makes all of it but its first MiB a partition; returns that one's device.
+    pub fn partition(&self) -> PathBuf {
+        const START: u64 = 2048; // in sectors
+        let sectors = std::fs::metadata(self.file()).unwrap().len() / 512 - START;
+        // told, not found: not every kernel knows every kind of partition table
+        let numbers = ["1".to_owned(), START.to_string(), sectors.to_string()];
+        qemu::run(Command::new("addpart").arg(&self.device).args(numbers));
+        PathBuf::from(format!("{}p1", self.device.display()))
     }
 
     /// The device.
