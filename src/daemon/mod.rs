@@ -133,7 +133,7 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let opened = Opened::new(&server, options)?;
     opened.drop_privileges(&server, options)?;
     // from here on there may be threads and open images
-    let registry = Registry::new(server.image_roots.clone());
+    let registry = Registry::new(server.image_roots.clone(), server.lock_timeout);
     let list_allowed = Arc::new(AtomicBool::new(server.list_allowed));
     let control = Control::new(reload, first, Arc::clone(&registry), Arc::clone(&list_allowed));
     let count = server.worker_count();

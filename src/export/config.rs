@@ -6,7 +6,7 @@
 //! refuses that export rather than serving it without the restriction.
 
 use crate::export::client_keys::{self, ClientKeys};
-use crate::export::image_keys::ImageKeys;
+use crate::export::image_keys::{ImageKeys, lock_timeout};
 use crate::export::keyfile::{self, Group, KeyFile};
 use crate::export::problem::{Problem, Severity, printable};
 use crate::export::reader::{At, Reader};
@@ -15,6 +15,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The port that IANA assigned to NBD.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -145,6 +146,8 @@ pub struct ServerConfig {
     pub workers: Option<usize>,
     /// Directories below which backing files may be; `None`: the exported image's own directory.
     pub image_roots: Option<Vec<PathBuf>>,
+    /// How long a client waits for an image that is in use elsewhere, if its export does not say.
+    pub lock_timeout: Option<Duration>,
     /// Directory with further files of exports.
     pub include_dir: Option<PathBuf>,
     /// Name of the user to become once everything that needs root is done.
@@ -163,6 +166,7 @@ impl Default for ServerConfig {
             list_allowed: false,
             workers: None,
             image_roots: None,
+            lock_timeout: None,
             include_dir: None,
             user: None,
             group: None,
@@ -190,6 +194,7 @@ impl ServerConfig {
             ("duallisten", self.dual_listen != other.dual_listen),
             ("workers", self.workers != other.workers),
             ("imageroots", self.image_roots != other.image_roots),
+            ("locktimeout", self.lock_timeout != other.lock_timeout),
             ("user", self.user != other.user),
             ("group", self.group != other.group),
         ];
@@ -287,6 +292,7 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
             "allowlist" => server.list_allowed = reader.boolean(at).unwrap_or(false),
             "workers" => server.workers = workers(at, reader),
             "imageroots" => server.image_roots = image_roots(at, reader),
+            "locktimeout" => server.lock_timeout = lock_timeout(at, reader),
             "includedir" => server.include_dir = reader.path(at),
             "oldstyle" => {
                 if reader.boolean(at) == Some(true) {

@@ -6,6 +6,10 @@ use super::reader::{At, Reader};
 use crate::image::MIN_CACHE_BYTES;
 use crate::qcow2::compress::Compression;
 use crate::units::parse_size;
+use std::time::Duration;
+
+/// Longest `locktimeout`.
+const MAX_LOCK_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// What becomes of writes that hold nothing but zeroes (`detectzeroes`, as QEMU's `detect-zeroes`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +34,8 @@ pub struct ImageKeys {
     pub cache_bytes: Option<u64>,
     /// Serve this internal snapshot, by its ID or name, instead of the disk as it is.
     pub snapshot: Option<String>,
+    /// How long a client waits for an image that is in use elsewhere; `None`: as long as the server says.
+    pub lock_timeout: Option<Duration>,
 }
 
 impl ImageKeys {
@@ -39,6 +45,7 @@ impl ImageKeys {
             "compress" => self.compress = compress(at, reader),
             "detectzeroes" => self.detect_zeroes = detect_zeroes(at, reader).unwrap_or_default(),
             "l2cache" => self.cache_bytes = cache_bytes(at, reader),
+            "locktimeout" => self.lock_timeout = lock_timeout(at, reader),
             "snapshot" => self.snapshot = snapshot(at, reader),
             _ => return false,
         }
@@ -109,4 +116,47 @@ fn snapshot(at: At<'_>, reader: &mut Reader<'_>) -> Option<String> {
         return None;
     }
     Some(name)
+}
+
+/// A time in seconds, to the millisecond.
+pub(super) fn lock_timeout(at: At<'_>, reader: &mut Reader<'_>) -> Option<Duration> {
+    let text = reader.string(at)?;
+    match seconds(text.trim_end()) {
+        Some(time) if time <= MAX_LOCK_TIMEOUT => Some(time),
+        found => {
+            let what = if found.is_some() { "this is longer than an hour" } else { "this is no time in seconds" };
+            reader.key(Severity::Error, at, what, "write seconds from 0 to 3600, such as 10 or 0.5");
+            None
+        }
+    }
+}
+
+fn seconds(text: &str) -> Option<Duration> {
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(part) || part.len() > 3 {
+        return None;
+    }
+    let thousandths: u64 = format!("{part:0<3}").parse().ok()?;
+    Duration::from_secs(whole.parse().ok()?).checked_add(Duration::from_millis(thousandths))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_in_seconds() {
+        let ms = |ms| Some(Duration::from_millis(ms));
+        for (text, time) in
+            [("0", ms(0)), ("10", ms(10_000)), ("0.5", ms(500)), ("1.05", ms(1050)), ("007.250", ms(7250))]
+        {
+            assert_eq!(seconds(text), time, "{text}");
+        }
+        let huge = "9".repeat(30);
+        for text in ["", ".", "1.", ".5", "-1", "+1", "1s", "1,5", "1e3", "0.0001", "1.2.3", " 1", "inf", &huge] {
+            assert_eq!(seconds(text), None, "{text}");
+        }
+        assert_eq!(seconds(&u64::MAX.to_string()), Some(Duration::from_secs(u64::MAX)), "too long, but no overflow");
+    }
 }

@@ -7,12 +7,13 @@ use super::config::{ExportConfig, Source};
 use super::images::Images;
 use super::locked;
 use super::plan::Plan;
-use super::service::Export;
+use super::service::{Export, LOCK_TIMEOUT};
 use crate::image::{FileId, Gate};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 use tokio::sync::Notify;
 use tracing::info;
 
@@ -44,17 +45,21 @@ pub(super) struct Shared {
     pub(super) draining: Mutex<Vec<Arc<Export>>>,
     /// Told when one of them has none any more.
     a_drained_one: Notify,
+    /// How long a client waits for an image that is in use elsewhere, if its export does not say.
+    pub(super) lock_timeout: Duration,
     /// Flushes at the leaving of a last writer that failed.
     pub(super) failed_flushes: AtomicUsize,
 }
 
 impl Registry {
-    /// An empty registry. `image_roots`: see [`Gate::new`].
-    pub fn new(image_roots: Option<Vec<PathBuf>>) -> Arc<Registry> {
+    /// An empty registry. `image_roots`: see [`Gate::new`]; `lock_timeout`: how long a client waits for an image that is
+    /// in use elsewhere, `None` for a moment.
+    pub fn new(image_roots: Option<Vec<PathBuf>>, lock_timeout: Option<Duration>) -> Arc<Registry> {
         let shared = Shared {
             images: Images::new(Gate::new(image_roots)),
             draining: Mutex::default(),
             a_drained_one: Notify::new(),
+            lock_timeout: lock_timeout.unwrap_or(LOCK_TIMEOUT),
             failed_flushes: AtomicUsize::new(0),
         };
         Arc::new(Registry { table: RwLock::default(), shared: Arc::new(shared) })

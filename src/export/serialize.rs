@@ -43,7 +43,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         trim,
         rotational,
         max_connections,
-        image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot },
+        image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot, lock_timeout },
         client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
         source: _,
     } = config;
@@ -77,6 +77,9 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     }
     if let Some(snapshot) = snapshot {
         group.text("snapshot", snapshot);
+    }
+    if let Some(time) = lock_timeout {
+        group.line("locktimeout", time.as_secs_f64());
     }
     if let Some(path) = auth_file {
         group.path("authfile", path)?;
@@ -185,6 +188,7 @@ mod tests {
     use crate::image::MIN_CACHE_BYTES;
     use proptest::prelude::*;
     use std::os::unix::ffi::OsStrExt;
+    use std::time::Duration;
 
     fn export(name: &str, path: &str) -> ExportConfig {
         ExportConfig::new(name, path, Source { file: "/etc/a.conf".into(), line: 1 })
@@ -214,6 +218,7 @@ mod tests {
                 detect_zeroes: DetectZeroes::Unmap,
                 cache_bytes: Some(MIN_CACHE_BYTES),
                 snapshot: Some(" before\tupdate\\1 ".into()),
+                lock_timeout: Some(Duration::from_millis(2500)),
             },
             client: ClientKeys {
                 auth_file: Some("/etc/allow".into()),
@@ -241,6 +246,7 @@ mod tests {
             "detectzeroes = unmap",
             &format!("l2cache = {MIN_CACHE_BYTES}"),
             r"snapshot = \sbefore\tupdate\\1\s",
+            "locktimeout = 2.5",
             "authfile = /etc/allow",
             r#"prerun = check "$COWGATE_PATH" 100%%"#,
             "postrun = log",
@@ -288,12 +294,14 @@ mod tests {
         let compress = proptest::option::of(prop_oneof![Just(Compression::Zlib), Just(Compression::Zstd)]);
         let detect = prop_oneof![Just(DetectZeroes::Off), Just(DetectZeroes::On), Just(DetectZeroes::Unmap)];
         let cache = proptest::option::of(prop_oneof![Just(MIN_CACHE_BYTES), MIN_CACHE_BYTES..=u64::MAX, any::<u64>()]);
-        (compress, detect, cache, proptest::option::weighted(0.3, text())).prop_map(
-            |(compress, detect_zeroes, cache_bytes, snapshot)| ImageKeys {
+        let time = proptest::option::of((0..=3_600_000_u64).prop_map(Duration::from_millis));
+        (compress, detect, cache, proptest::option::weighted(0.3, text()), time).prop_map(
+            |(compress, detect_zeroes, cache_bytes, snapshot, lock_timeout)| ImageKeys {
                 compress,
                 detect_zeroes,
                 cache_bytes,
                 snapshot,
+                lock_timeout,
             },
         )
     }

@@ -15,15 +15,17 @@ use crate::image::{self, Device, FileId, Image};
 use crate::ring::Peer;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
-/// A lock held by somebody else is asked for again this often: `qemu-img` looks at images for moments, and a client
-/// that just left may still be letting go.
-const LOCK_TRIES: u32 = 10;
-/// Pause between two of these tries.
-const LOCK_PAUSE: Duration = Duration::from_millis(30);
+/// How long a client waits for an image that is in use elsewhere when nothing else is said: `qemu-img` looks at images for
+/// moments, and a client that just left may still be letting go.
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_millis(300);
+/// Pause before the first further try; each one is twice as long as the one before.
+const LOCK_PAUSE: Duration = Duration::from_millis(16);
+/// Longest of these pauses.
+const LOCK_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// One export as it was configured at some time.
 ///
 /// Lock order: `clients`, then `history` or the registry's list of what drains.
@@ -211,8 +213,15 @@ impl Export {
     }
 
     /// Gives the calling worker's connection a hold on the export; opens and locks the image for the first client.
-    pub async fn attach(self: &Arc<Self>, peer: Peer) -> Result<Client, AttachError> {
-        let attached = self.let_in(peer).await;
+    ///
+    /// While somebody is in the way who may leave it tries again, for as long as `locktimeout` says: `pause` passes the
+    /// time in between, and says whether the client is still to be served.
+    pub async fn attach(
+        self: &Arc<Self>,
+        peer: Peer,
+        pause: impl AsyncFnMut(Duration) -> bool,
+    ) -> Result<Client, AttachError> {
+        let attached = self.let_in(peer, pause).await;
         match &attached {
             Ok(_) => *locked(&self.failure) = None,
             Err(refused @ AttachError::Denied { .. }) => warn!("{refused}"),
@@ -225,23 +234,45 @@ impl Export {
         attached
     }
 
-    async fn let_in(self: &Arc<Self>, peer: Peer) -> Result<Client, AttachError> {
+    async fn let_in(
+        self: &Arc<Self>,
+        peer: Peer,
+        mut pause: impl AsyncFnMut(Duration) -> bool,
+    ) -> Result<Client, AttachError> {
         self.admit(peer)?;
         let seat = self.seat(peer)?;
         self.prerun(peer).await?;
-        let mut tries = 0;
+        let start = Instant::now();
+        let patience = self.config.image.lock_timeout.unwrap_or(self.shared.lock_timeout);
+        let mut length = LOCK_PAUSE;
         let refused = loop {
-            match self.open().await {
+            let refused = match self.open().await {
                 Ok(storage) => return Ok(Client { storage, seat }),
-                Err(refused) if refused.may_end() && tries < LOCK_TRIES => {
-                    tries += 1;
-                    tokio::time::sleep(LOCK_PAUSE).await;
-                }
-                Err(AttachError::Image { name, source }) => {
-                    break AttachError::Image { name, source: source.with_holders().await };
-                }
-                Err(refused) => break refused,
+                Err(refused) => refused,
+            };
+            let left = patience.saturating_sub(start.elapsed());
+            if !refused.may_end() || left.is_zero() {
+                break refused;
             }
+            if length == LOCK_PAUSE {
+                debug!(%peer, "client is waiting: {refused}");
+            }
+            // given up here only, where nothing is held: an image is never dropped while it is being opened
+            let wanted = tokio::select! {
+                () = seat.connection.disconnected() => false,
+                wanted = pause(length.min(left)) => wanted,
+            };
+            if !wanted {
+                break refused;
+            }
+            if locked(&self.clients).retired {
+                break AttachError::Retired(self.config.name.clone());
+            }
+            length = (length * 2).min(LOCK_PAUSE_MAX);
+        };
+        let refused = match refused {
+            AttachError::Image { name, source } => AttachError::Image { name, source: source.with_holders().await },
+            refused => refused,
         };
         if self.config.client.prerun.is_some() {
             // it may have something to take back

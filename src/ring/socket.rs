@@ -3,6 +3,7 @@
 //! Not through the ring: a socket is tried first and, when it is not ready, waited for with epoll, which costs less than
 //! io_uring for the few connections a worker has. The control thread accepts and sends a [`StdStream`] to the worker.
 
+use futures_util::FutureExt;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
 use std::cell::OnceCell;
 use std::fmt;
@@ -130,6 +131,19 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether the other end has closed the connection, or its half of it, as far as this thread's reactor has been told
+    /// (which it is while the thread waits for something). Reads nothing.
+    pub fn hung_up(&self) -> bool {
+        match self.reading.readable().now_or_never() {
+            Some(Ok(mut guard)) => {
+                guard.retain_ready();
+                guard.ready().is_read_closed()
+            }
+            Some(Err(_)) => true,
+            None => false,
+        }
+    }
+
     /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`].
     pub fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         // MSG_NOSIGNAL: a peer that has gone is an error here, not a SIGPIPE
@@ -219,6 +233,31 @@ mod tests {
         let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
         let client = net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         (client, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn who_hangs_up_is_noticed_behind_unread_bytes() {
+        run(async {
+            let (mut near, far) = tcp_pair();
+            let stream = Stream::from_std(far).unwrap();
+            assert!(!stream.hung_up());
+            near.write_all(b"more").unwrap();
+            assert!(!stream.hung_up());
+            drop(near);
+            while !stream.hung_up() {
+                tokio::time::sleep(Duration::from_millis(1)).await; // until the kernel has told its other end
+            }
+            let mut buf = [0; 9];
+            assert_eq!(read_some(&stream, &mut buf).await.unwrap(), 4, "nothing was read meanwhile");
+            let (near, far) = unix::UnixStream::pair().unwrap();
+            let stream = Stream::from_std(far).unwrap();
+            assert!(!stream.hung_up());
+            drop(near);
+            while !stream.hung_up() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .unwrap();
     }
 
     async fn read_some(stream: &Stream, buf: &mut [u8]) -> io::Result<usize> {

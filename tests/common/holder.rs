@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// A program that has something open. It ends by itself, cleanly, when it is dropped.
+#[derive(Debug)]
 pub struct Holder {
     child: Child,
     name: &'static str,

@@ -52,7 +52,7 @@ pub(super) async fn negotiate(
     stop: Pin<&mut dyn Future<Output = ()>>,
 ) -> Result<(Agreed, BytesMut), NoDeal> {
     let mut handshake = Handshake::new();
-    let mut wire = Wire { stream, stop, patience: HANDSHAKE_LIMIT, buf: vec![0; RECEIVE_BYTES] };
+    let mut wire = Wire { stream, stop, patience: HANDSHAKE_LIMIT, buf: vec![0; RECEIVE_BYTES], ended: None };
     loop {
         let step = handshake.step();
         wire.send(&handshake.take_output()).await?;
@@ -63,7 +63,11 @@ pub(super) async fn negotiate(
                 handshake.export(describe(context, stream.peer(), name).await)
             }
             Step::Export { name, purpose: Purpose::Go } => {
-                handshake.export(open(context, held, stream.peer(), name).await)
+                let opened = open(context, held, &mut wire, name).await;
+                if let Some(end) = wire.ended.take() {
+                    return Err(end);
+                }
+                handshake.export(opened);
             }
             Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(context.registry.names())),
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
@@ -81,6 +85,8 @@ struct Wire<'a> {
     stop: Pin<&'a mut dyn Future<Output = ()>>,
     patience: Duration,
     buf: Vec<u8>,
+    /// What ended the handshake while the client waited for its export.
+    ended: Option<NoDeal>,
 }
 
 impl Wire<'_> {
@@ -104,6 +110,16 @@ impl Wire<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Lets time pass while the client waits for its export. `false`: it waits no longer, or we do not.
+    async fn pause(&mut self, time: Duration) -> bool {
+        self.ended = tokio::select! {
+            biased;
+            () = &mut self.stop => Some(NoDeal::Shutdown),
+            () = tokio::time::sleep(time) => self.stream.hung_up().then_some(NoDeal::Closed),
+        };
+        self.ended.is_none()
     }
 
     /// Waits for the client. Only this is timed: opening an image may take longer, and is never given up halfway.
@@ -145,9 +161,15 @@ async fn describe(context: &Context, peer: Peer, name: String) -> Result<ExportI
 }
 
 /// Takes hold of the export.
-async fn open(context: &Context, held: &mut Option<Client>, peer: Peer, name: String) -> Result<ExportInfo, Refusal> {
+async fn open(
+    context: &Context,
+    held: &mut Option<Client>,
+    wire: &mut Wire<'_>,
+    name: String,
+) -> Result<ExportInfo, Refusal> {
+    let peer = wire.stream.peer();
     let attached = loop {
-        match find(context, &name).await?.attach(peer).await {
+        match find(context, &name).await?.attach(peer, async |time| wire.pause(time).await).await {
             // a reload came between the two steps
             Err(AttachError::Retired(_)) => {}
             attached => break attached,
