@@ -79,10 +79,17 @@ impl Registry {
         for config in plan.add.iter().chain(&plan.change) {
             let former = table.exports.remove(&config.name).map(|entry| entry.export);
             let history = former.as_ref().map(|former| former.history()).unwrap_or_default();
+            let is_new = former.is_none();
             if former.is_some_and(|former| former.retire()) {
                 info!("export {:?}: changed; its connected clients keep the former definition", config.name);
             }
-            let export = Arc::new(Export::new(Arc::clone(config), generation, Arc::clone(&self.shared), history));
+            let export = match is_new.then(|| self.shared.revive(config)).flatten() {
+                Some(export) => {
+                    info!("export {:?}: is back while clients of it are connected; they go on", config.name);
+                    export
+                }
+                None => Arc::new(Export::new(Arc::clone(config), generation, Arc::clone(&self.shared), history)),
+            };
             table.exports.insert(config.name.clone(), Entry { export, source: config.source.clone() });
         }
         for config in &plan.moved {
@@ -149,6 +156,15 @@ impl Shared {
     fn former(&self, name: &str, than: &Export) -> Vec<Arc<Export>> {
         let is_former = |other: &&Arc<Export>| other.config().name == name && !std::ptr::eq(other.as_ref(), than);
         locked(&self.draining).iter().filter(is_former).cloned().collect()
+    }
+
+    /// The removed export of just this definition, if it still has clients: it takes new ones again.
+    fn revive(&self, config: &ExportConfig) -> Option<Arc<Export>> {
+        let same = |export: &&Arc<Export>| export.config().same_service(config);
+        let former = locked(&self.draining).iter().rev().find(same).cloned()?;
+        let revived = former.revive();
+        self.a_drained_one.notify_waiters();
+        revived.then_some(former)
     }
 
     /// Clients of former definitions of a name.

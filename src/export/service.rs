@@ -212,6 +212,16 @@ impl Export {
         drains
     }
 
+    /// Takes new clients again. `false`: its last client has left meanwhile, and it is gone.
+    pub(super) fn revive(self: &Arc<Self>) -> bool {
+        let mut clients = locked(&self.clients);
+        let mut draining = locked(&self.shared.draining);
+        let before = draining.len();
+        draining.retain(|other| !Arc::ptr_eq(other, self));
+        clients.retired = draining.len() == before;
+        !clients.retired
+    }
+
     /// Gives the calling worker's connection a hold on the export; opens and locks the image for the first client.
     ///
     /// While somebody is in the way who may leave it tries again, for as long as `locktimeout` says: `pause` passes the

@@ -4,20 +4,25 @@
 //! Promises: whatever the moment of a crash, an export's file is there complete or not at all, and once [`add`] or
 //! [`remove`] has returned it stays so; definitions of other exports are never lost; different exports have different
 //! files. A crash leaves one file [`NEW`] at most, which nobody reads and the next writer takes over.
+//!
+//! The file of a job that is being ended is put aside by [`set_aside`]: as a *record*, under a name that is not loaded,
+//! it tells whoever goes on with the ending after a crash what there is to end. At every moment there is either the file
+//! or the record.
 
-use crate::export::config::{ExportConfig, Source};
+use crate::export::config::{self, ExportConfig, Role, Source};
 use crate::export::keyfile;
 use crate::export::load::{self, Stamps};
 use crate::export::problem::printable;
 use crate::export::serialize::{Unwritable, serialize};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a new file is called until it is complete; also the lock that writers of one directory take turns by. Its name
@@ -28,6 +33,8 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the names of all these files end in.
 const SUFFIX: &str = ".conf";
+/// What the name of an export's file has in addition while it is only a record.
+const ENDING: &str = ".ending";
 /// Longest file name in bytes that Linux takes.
 const MAX_FILE_NAME_BYTES: usize = 255;
 /// Between the beginning of a long name and its digest. Elsewhere two digits follow a `%`.
@@ -95,8 +102,9 @@ pub fn file_name(export: &str) -> String {
             false => drop(write!(name, "%{byte:02X}")), // writing to a string cannot fail
         }
     }
-    if name.len() + SUFFIX.len() > MAX_FILE_NAME_BYTES {
-        name.truncate(MAX_FILE_NAME_BYTES - SUFFIX.len() - DIGEST_MARK.len() - DIGEST_CHARS);
+    let most = MAX_FILE_NAME_BYTES - SUFFIX.len() - ENDING.len();
+    if name.len() > most {
+        name.truncate(most - DIGEST_MARK.len() - DIGEST_CHARS);
         // no half of an escape
         if let Some(at) = name.rfind('%').filter(|at| at + 3 > name.len()) {
             name.truncate(at);
@@ -150,6 +158,112 @@ pub fn remove(export: &str, source: &Source) -> Result<bool, StoreError> {
     }
     sync(file.parent().unwrap_or(Path::new("/")))?;
     Ok(true)
+}
+
+/// The record of a job that is being ended.
+#[derive(Debug)]
+pub struct Record {
+    /// Where it is.
+    pub file: PathBuf,
+    /// The export that it was.
+    pub export: Arc<ExportConfig>,
+}
+
+/// Puts the file that defines an export aside, and nothing but that: from then on it is a record. `None`: it was gone
+/// already.
+pub fn set_aside(export: &str, source: &Source) -> Result<Option<PathBuf>, StoreError> {
+    let file = &source.file;
+    let Some(found) = alone(file, export)? else {
+        return Ok(None);
+    };
+    if !found.defines_it {
+        return Err(StoreError::NotDefined { file: file.clone(), export: printable(export.as_bytes()) });
+    }
+    if !load::unchanged(&found.stamps) {
+        return Err(StoreError::Changed(file.clone())); // as when it is removed
+    }
+    let directory = file.parent().unwrap_or(Path::new("/"));
+    let record = record_path(directory, export);
+    // an older record of this name is that of a job whose name was given away since
+    match fs::rename(file, &record) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(StoreError::Io { doing: "put aside", path: file.clone(), source }),
+        Ok(()) => {}
+    }
+    sync(directory)?;
+    Ok(Some(record))
+}
+
+/// Makes a record the export's file again. `None`: there is no record.
+pub fn put_back(directory: &Path, export: &str) -> Result<Option<PathBuf>, StoreError> {
+    let record = record_path(directory, export);
+    let target = directory.join(file_name(export));
+    // not by a link: two names of one file would be an export that is there and ended
+    match renameat2(AT_FDCWD, &record, AT_FDCWD, &target, RenameFlags::RENAME_NOREPLACE) {
+        Err(Errno::ENOENT) => return Ok(None),
+        Err(Errno::EEXIST) => return Err(StoreError::Exists(target)),
+        Err(errno) => return Err(StoreError::Io { doing: "create", path: target, source: errno.into() }),
+        Ok(()) => {}
+    }
+    sync(directory)?;
+    Ok(Some(target))
+}
+
+/// Removes a record: its job has ended.
+pub fn forget(record: &Path) -> Result<(), StoreError> {
+    match fs::remove_file(record) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(StoreError::Io { doing: "remove", path: record.to_owned(), source: e })
+        }
+        _ => sync(record.parent().unwrap_or(Path::new("/"))),
+    }
+}
+
+/// The record of an export, if there is one.
+pub fn record(directory: &Path, export: &str) -> Result<Option<Record>, StoreError> {
+    let found = read_record(&record_path(directory, export))?;
+    match found {
+        Some(found) if found.export.name != export => {
+            Err(StoreError::NotDefined { file: found.file, export: printable(export.as_bytes()) })
+        }
+        found => Ok(found),
+    }
+}
+
+/// The record of a job that writes this image, if there is one. Records that cannot be read are not looked at.
+pub fn record_of_image(directory: &Path, image: &Path) -> Result<Option<Record>, StoreError> {
+    let failed = |source| StoreError::Io { doing: "list", path: directory.to_owned(), source };
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let suffix = [SUFFIX, ENDING].concat();
+        if !entry.file_name().as_encoded_bytes().ends_with(suffix.as_bytes()) {
+            continue;
+        }
+        if let Ok(Some(record)) = read_record(&entry.path())
+            && record.export.path == image
+        {
+            return Ok(Some(record));
+        }
+    }
+    Ok(None)
+}
+
+fn record_path(directory: &Path, export: &str) -> PathBuf {
+    directory.join(file_name(export) + ENDING)
+}
+
+fn read_record(file: &Path) -> Result<Option<Record>, StoreError> {
+    let failed = |source| StoreError::Io { doing: "read", path: file.to_owned(), source };
+    let content = match load::read(file) {
+        Ok(content) => content,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let parsed = config::parse(&content.text, file, Role::Included);
+    match &parsed.exports[..] {
+        [export] if !parsed.failed => Ok(Some(Record { file: file.to_owned(), export: Arc::clone(export) })),
+        _ => Err(failed(io::Error::other("it does not hold one export"))),
+    }
 }
 
 /// A file that may be removed or replaced for an export.
@@ -326,13 +440,13 @@ mod tests {
         ] {
             assert_eq!(file_name(export), file);
         }
-        let longest = "n".repeat(250);
+        let longest = "n".repeat(243);
         assert_eq!(file_name(&longest), format!("{longest}.conf"));
-        let longer = file_name(&"n".repeat(251));
+        let longer = file_name(&"n".repeat(244)) + ENDING;
         assert!(longer.len() == MAX_FILE_NAME_BYTES && longer.contains("nnn%-"), "{longer}");
         // the cut falls into an escape: the half of it goes
         for shift in 0..3 {
-            let name = file_name(&("n".repeat(182 + shift) + &"/".repeat(100)));
+            let name = file_name(&("n".repeat(175 + shift) + &"/".repeat(100)));
             assert!(name.len() <= MAX_FILE_NAME_BYTES, "{name}");
             let (kept, _) = name.split_once("%-").expect("a digest");
             assert!(kept.ends_with('n') || kept.ends_with("%2F"), "{name}");
@@ -357,6 +471,37 @@ mod tests {
             assert!(!remove(&config.name, &found.source).expect("gone already"));
         }
         assert_eq!(names_in(&conf_d), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn a_record_is_found_until_it_is_put_back_or_forgotten() {
+        let d = directory();
+        let disk = export("a/b", "/images/a b.qcow2");
+        let file = add(d.path(), &disk, false).expect("added");
+        assert!(record(d.path(), "a/b").expect("read").is_none());
+        let aside = set_aside("a/b", &source(&file)).expect("put aside").expect("there was a file");
+        assert!(!file.exists() && !aside.to_string_lossy().ends_with(SUFFIX), "{aside:?} is not loaded");
+        assert_eq!(set_aside("a/b", &source(&file)).expect("gone already"), None);
+        let found = [
+            record(d.path(), "a/b").expect("read"),
+            record_of_image(d.path(), Path::new("/images/a b.qcow2")).expect("read"),
+        ];
+        for found in found {
+            let found = found.expect("a record");
+            assert!(found.file == aside && found.export.same_service(&disk));
+        }
+        assert!(record_of_image(d.path(), Path::new("/images/b")).expect("read").is_none());
+        assert_eq!(put_back(d.path(), "a/b").expect("put back"), Some(file.clone()));
+        assert_eq!(put_back(d.path(), "a/b").expect("there is none"), None);
+        let aside = set_aside("a/b", &source(&file)).expect("put aside").expect("there was a file");
+        add(d.path(), &disk, false).expect("added again");
+        assert!(matches!(put_back(d.path(), "a/b"), Err(StoreError::Exists(_))));
+        forget(&aside).expect("forgotten");
+        forget(&aside).expect("once more");
+        assert_eq!(names_in(d.path()), ["a%2Fb.conf"]);
+        // a file of several exports is not one job's
+        fs::write(&file, "[a/b]\nexportname = /a\n[c]\nexportname = /c\n").expect("write");
+        assert!(matches!(set_aside("a/b", &source(&file)), Err(StoreError::Shared { .. })));
     }
 
     #[test]

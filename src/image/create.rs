@@ -111,7 +111,7 @@ pub fn create(options: &CreateOptions) -> Result<(), Error> {
         }
         None => None,
     };
-    let image = NewFile::create(path, options.force)?;
+    let image = if options.force { NewFile::create(path, true)? } else { NewFile::unnamed(path)? };
     write(image.file(), &pieces).map_err(Error::io(path, "create it"))?;
     // the data file first: an image without it could not be opened
     let undo = data_file.map(NewFile::put_in_place).transpose()?;

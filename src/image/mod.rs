@@ -7,6 +7,7 @@
 
 pub mod bitmap_edit;
 mod bitmaps;
+pub mod blank;
 mod change;
 pub mod check;
 mod claim;

@@ -2,17 +2,24 @@
 
 use super::shared::locked;
 use super::{Error, lock};
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::libc;
+use nix::unistd::linkat;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A file under a temporary name, removed when dropped.
+/// A file under a temporary name or none, removed when dropped.
 #[must_use = "dropping it removes the file"]
 pub(super) struct NewFile {
     path: PathBuf,
-    temporary: PathBuf,
+    /// `None`: it has no name yet, so that not even SIGKILL leaves something behind.
+    temporary: Option<PathBuf>,
     file: File,
     replace: bool,
     placed: bool,
@@ -41,7 +48,24 @@ impl NewFile {
         let temporary = dir_of(path).join(temporary);
         let file = File::options().read(true).write(true).create_new(true).open(&temporary);
         let file = file.map_err(Error::io(path, "create it"))?;
-        Ok(NewFile { path: path.to_owned(), temporary, file, replace, placed: false })
+        Ok(NewFile { path: path.to_owned(), temporary: Some(temporary), file, replace, placed: false })
+    }
+
+    /// The same, never in the place of another file, and without a name where the file system can do that. Such a file
+    /// has no temporary name to be opened by.
+    pub fn unnamed(path: &Path) -> Result<NewFile, Error> {
+        if path.file_name().is_none() || path.symlink_metadata().is_ok() {
+            return NewFile::create(path, false); // which refuses it
+        }
+        let options = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(dir_of(path));
+        match options {
+            Ok(file) => Ok(NewFile { path: path.to_owned(), temporary: None, file, replace: false, placed: false }),
+            // what the kernel and file systems say that do not know such files
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
+                NewFile::create(path, false)
+            }
+            Err(e) => Err(Error::io(path, "create it")(e)),
+        }
     }
 
     /// The file, to be written.
@@ -49,9 +73,9 @@ impl NewFile {
         &self.file
     }
 
-    /// Its temporary name.
+    /// Its temporary name; its own, if it has none yet.
     pub fn temporary(&self) -> &Path {
-        &self.temporary
+        self.temporary.as_deref().unwrap_or(&self.path)
     }
 
     /// Makes the file durable and moves it to its place.
@@ -60,14 +84,19 @@ impl NewFile {
         Ok(self.path.clone())
     }
 
-    fn place(&mut self) -> std::io::Result<()> {
+    fn place(&mut self) -> io::Result<()> {
         self.file.sync_all()?;
-        if self.replace {
-            std::fs::rename(&self.temporary, &self.path)?;
-        } else {
+        match &self.temporary {
+            Some(temporary) if self.replace => std::fs::rename(temporary, &self.path)?,
             // unlike rename, a hard link never replaces a file that appeared meanwhile
-            std::fs::hard_link(&self.temporary, &self.path)?;
-            std::fs::remove_file(&self.temporary)?;
+            Some(temporary) => {
+                std::fs::hard_link(temporary, &self.path)?;
+                std::fs::remove_file(temporary)?;
+            }
+            None => {
+                let here = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                linkat(AT_FDCWD, here.as_str(), AT_FDCWD, &self.path, AtFlags::AT_SYMLINK_FOLLOW)?;
+            }
         }
         self.placed = true;
         File::open(dir_of(&self.path))?.sync_all()
@@ -76,8 +105,8 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if !self.placed {
-            let _ = std::fs::remove_file(&self.temporary); // nothing more can be done for a leftover
+        if let (Some(temporary), false) = (&self.temporary, self.placed) {
+            let _ = std::fs::remove_file(temporary); // nothing more can be done for a leftover
         }
     }
 }
