@@ -7,13 +7,19 @@
 
 use crate::export::config::{self, ExportConfig, Parsed, Role, ServerConfig};
 use crate::export::problem::{Problem, Severity};
+use crate::export::watch::Watch;
+use nix::fcntl::AtFlags;
+use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{File, Metadata, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tracing::debug;
 
 /// Largest configuration file in bytes.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -57,7 +63,7 @@ pub type Stamps = BTreeMap<PathBuf, Stamp>;
 
 /// Whether files still look as they did when they were read.
 pub fn unchanged(stamps: &Stamps) -> bool {
-    stamps.iter().all(|(path, stamp)| path.metadata().is_ok_and(|now| Stamp::of(&now) == *stamp))
+    stamps.iter().all(|(path, stamp)| stat(path, None) == Some(*stamp))
 }
 
 /// Whether one of the files changed within [`FRESH`].
@@ -78,13 +84,14 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
+    fn of(found: &FileStat) -> Stamp {
+        let ns = |seconds: i64, ns: i64| i128::from(seconds) * 1_000_000_000 + i128::from(ns);
         Stamp {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size_bytes: metadata.len(),
-            modified_ns: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
-            changed_ns: i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec()),
+            device: found.st_dev,
+            inode: found.st_ino,
+            size_bytes: found.st_size as u64,
+            modified_ns: ns(found.st_mtime, found.st_mtime_nsec),
+            changed_ns: ns(found.st_ctime, found.st_ctime_nsec),
         }
     }
 
@@ -112,71 +119,155 @@ pub fn load(path: &Path) -> Loaded {
 /// Reads the configuration again and again; a file that has not changed since the last time is not read anew.
 #[derive(Debug)]
 pub struct Loader {
-    base: PathBuf,
-    /// Every file of the last load.
-    known: HashMap<PathBuf, Arc<Piece>>,
+    path: PathBuf,
+    /// The base file at the last load.
+    base: Option<Arc<Piece>>,
+    /// The included files at the last load, sorted by name.
+    included: Vec<Arc<Piece>>,
+    /// Knows which of them have changed since.
+    watch: Option<Watch>,
 }
 
 impl Loader {
     /// A loader for the base file `path` that knows nothing yet.
     pub fn new(path: &Path) -> Loader {
-        Loader { base: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()), known: HashMap::new() }
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Loader { path, base: None, included: Vec::new(), watch: None }
     }
 
     /// Reads the base file and what it includes.
     pub fn load(&mut self) -> Loaded {
         let now = SystemTime::now();
-        let base = self.piece(&self.base, Role::Base, now).unwrap_or_else(|| {
-            let what = "the configuration file does not exist";
-            Arc::new(Piece::unreadable(&self.base, what.into(), "create it, or name another one with -c"))
-        });
+        let found = stat(&self.path, None);
+        let base = match still(self.base.take(), found) {
+            Ok(base) => base,
+            Err(seen) => {
+                let read = read_and_parse(&self.path, Role::Base, seen, now);
+                let what = "the configuration file does not exist";
+                let missing = || Piece::unreadable(&self.path, what.into(), "create it, or name another one with -c");
+                (Arc::new(read.unwrap_or_else(missing)), true)
+            }
+        };
         let mut included = Vec::new();
         let mut includedir_problem = None;
-        if let Some(directory) = base.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
-            match list(directory) {
-                Ok(files) => included = files.iter().filter_map(|f| self.piece(f, Role::Included, now)).collect(),
+        if let Some(directory) = base.0.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
+            match self.load_included(directory, now) {
+                Ok(files) => included = files,
                 Err(what) => {
                     let what = format!("includedir {}: {what}", directory.display());
                     includedir_problem =
-                        Some(Problem::in_file(Severity::Error, &self.base, what, "create it, or change the key"));
+                        Some(Problem::in_file(Severity::Error, &self.path, what, "create it, or change the key"));
                 }
             }
         }
-        let mut loaded = assemble(&base, &included, &self.known);
+        let mut loaded = assemble(std::iter::once(&base).chain(&included));
         if let Some(problem) = includedir_problem {
             // the directory's exports are unknown, which is not the same as none
             loaded.server = None;
             loaded.problems.push(problem);
         }
-        self.known = std::iter::once(base).chain(included).map(|piece| (piece.path.clone(), piece)).collect();
+        self.base = Some(base.0);
+        self.included = included.into_iter().map(|(piece, _)| piece).collect();
         loaded
     }
 
-    /// One file, read if it has changed. `None`: there is no such file (any more).
-    fn piece(&self, path: &Path, role: Role, now: SystemTime) -> Option<Arc<Piece>> {
-        let known = self.known.get(path);
-        if let Some(known) = known.filter(|known| known.certain)
-            && path.metadata().is_ok_and(|found| known.stamp == Some(Stamp::of(&found)))
-        {
-            return Some(Arc::clone(known));
+    /// The files of `includedir`, each with whether it was read anew.
+    fn load_included(&mut self, directory: &Path, now: SystemTime) -> Result<Vec<(Arc<Piece>, bool)>, String> {
+        let handle = File::open(directory).map_err(|e| e.to_string())?;
+        let known = std::mem::take(&mut self.included);
+        let touched = self.watch.as_ref().and_then(|watch| watch.touched(directory));
+        let (names, listed) = match touched {
+            Some(touched) => (touched.into_iter().filter(|name| is_conf(name)).collect(), false),
+            None => {
+                // first: what changes after the listing is not to be missed
+                self.watch = Watch::new(directory).inspect_err(|e| debug!("{}: {e}", directory.display())).ok();
+                (list(directory)?, true)
+            }
+        };
+        let mut pieces = Vec::with_capacity(known.len());
+        let (mut known, mut names) = (known.into_iter().peekable(), names.into_iter().peekable());
+        // both are sorted: the smaller name comes next, the same name from both together
+        loop {
+            let order = match (known.peek(), names.peek()) {
+                (None, None) => break,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some(known), Some(name)) => known.name.cmp(name),
+            };
+            let (known, name) = (known.next_if(|_| order.is_le()), names.next_if(|_| order.is_ge()));
+            let name = match (&known, name) {
+                (Some(_), None) if listed => continue, // gone
+                (Some(known), None) => known.name.clone(),
+                (_, Some(name)) => name,
+                (None, None) => unreachable!("one of the two is at its turn"),
+            };
+            if let Some(known) = known.as_ref().filter(|known| !listed && order.is_lt() && known.watched) {
+                pieces.push((Arc::clone(known), false));
+                continue;
+            }
+            let found = stat(Path::new(&name), Some(&handle));
+            match still(known.filter(|known| known.path.parent() == Some(directory)), found) {
+                Ok(piece) => pieces.push(piece),
+                Err(seen) => {
+                    let mut piece = read_and_parse(&directory.join(name), Role::Included, seen, now);
+                    if let Some(piece) = &mut piece {
+                        piece.watched = piece.certain && piece.stamp == found && is_watchable(&handle, &piece.name);
+                    }
+                    pieces.extend(piece.map(|piece| (Arc::new(piece), true)));
+                }
+            }
         }
-        read_and_parse(path, role, known.and_then(|known| known.stamp), now).map(Arc::new)
+        if pieces.len() > MAX_FILES {
+            return Err(format!("more than {MAX_FILES} .conf files"));
+        }
+        Ok(pieces)
     }
 }
 
-/// The `*.conf` entries of a directory in sorted order.
-fn list(directory: &Path) -> Result<Vec<PathBuf>, String> {
+/// What a file looks like, by its path or by its name in a directory.
+fn stat(path: &Path, directory: Option<&File>) -> Option<Stamp> {
+    let found = match directory {
+        Some(directory) => fstatat(directory, path, AtFlags::empty()),
+        None => nix::sys::stat::stat(path),
+    };
+    found.ok().map(|found| Stamp::of(&found))
+}
+
+/// A file that changes only under its name in this directory: no link, symbolic or hard, leads to it from elsewhere.
+fn is_watchable(directory: &File, name: &OsStr) -> bool {
+    let found = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+    found.is_ok_and(|found| is_regular(&found) && found.st_nlink == 1)
+}
+
+fn is_regular(found: &FileStat) -> bool {
+    SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG
+}
+
+fn is_conf(name: &OsStr) -> bool {
+    name.as_encoded_bytes().ends_with(b".conf")
+}
+
+/// The known file, not to be read anew, if it still is what it was. `Err`: what it looked like, if it was known.
+fn still(known: Option<Arc<Piece>>, found: Option<Stamp>) -> Result<(Arc<Piece>, bool), Option<Stamp>> {
+    match known {
+        Some(known) if known.certain && known.stamp == found => Ok((known, false)),
+        known => Err(known.and_then(|known| known.stamp)),
+    }
+}
+
+/// The names that end in `.conf` of a directory, in sorted order.
+fn list(directory: &Path) -> Result<Vec<OsString>, String> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(|e| e.to_string())? {
-        let entry = entry.map_err(|e| e.to_string())?;
-        if entry.file_name().as_encoded_bytes().ends_with(b".conf") {
-            files.push(entry.path());
+        let name = entry.map_err(|e| e.to_string())?.file_name();
+        if is_conf(&name) {
+            files.push(name);
         }
         if files.len() > MAX_FILES {
             return Err(format!("more than {MAX_FILES} .conf files"));
         }
     }
-    files.sort();
+    files.sort_unstable();
     Ok(files)
 }
 
@@ -184,19 +275,28 @@ fn list(directory: &Path) -> Result<Vec<PathBuf>, String> {
 #[derive(Debug)]
 pub struct Piece {
     path: PathBuf,
+    name: OsString,
     parsed: Parsed,
     stamp: Option<Stamp>,
     unstable: bool,
     fresh: bool,
     /// While it has this stamp it has this content.
     certain: bool,
+    /// While the watch is silent it has this stamp.
+    watched: bool,
 }
 
 impl Piece {
     fn unreadable(path: &Path, what: String, remedy: &str) -> Piece {
         let problems = vec![Problem::in_file(Severity::Error, path, what, remedy)];
         let parsed = Parsed { server: None, exports: Vec::new(), defined: Vec::new(), problems, failed: true };
-        Piece { path: path.to_owned(), parsed, stamp: None, unstable: false, fresh: false, certain: false }
+        Piece::new(path, parsed)
+    }
+
+    fn new(path: &Path, parsed: Parsed) -> Piece {
+        let name = path.file_name().unwrap_or_default().to_owned();
+        let (unstable, fresh, certain, watched) = Default::default();
+        Piece { path: path.to_owned(), name, parsed, stamp: None, unstable, fresh, certain, watched }
     }
 }
 
@@ -218,7 +318,7 @@ fn read_and_parse(path: &Path, role: Role, seen: Option<Stamp>, now: SystemTime)
     let incomplete = content.text.is_empty() || parsed.failed || unended;
     let unstable = content.changed || (fresh && incomplete);
     let certain = !unstable && !unended && !content.stamp.is_ambiguous(now);
-    Some(Piece { path: path.to_owned(), parsed, stamp: Some(content.stamp), unstable, fresh, certain })
+    Some(Piece { stamp: Some(content.stamp), unstable, fresh, certain, ..Piece::new(path, parsed) })
 }
 
 /// What a file holds.
@@ -245,24 +345,26 @@ pub(super) fn read(path: &Path) -> io::Result<Content> {
 }
 
 fn checked_stamp(file: &File) -> io::Result<Stamp> {
-    let metadata = file.metadata()?;
-    match metadata.is_file() {
-        true => Ok(Stamp::of(&metadata)),
+    let found = fstat(file)?;
+    match is_regular(&found) {
+        true => Ok(Stamp::of(&found)),
         false => Err(io::Error::other("not a regular file")),
     }
 }
 
-/// Puts the files together: finds names defined twice and sets failed files aside. Of files in `known` only what keeps
-/// them from taking effect is reported.
-fn assemble(base: &Arc<Piece>, included: &[Arc<Piece>], known: &HashMap<PathBuf, Arc<Piece>>) -> Loaded {
-    let mut loaded = Loaded { server: base.parsed.server.clone(), ..Loaded::default() };
+/// Puts the files together, the base file first: finds names defined twice and sets failed files aside. Each comes with
+/// whether it was read anew: of the others only what keeps them from taking effect is reported.
+fn assemble<'a>(pieces: impl Iterator<Item = &'a (Arc<Piece>, bool)>) -> Loaded {
+    let mut loaded = Loaded::default();
     let mut owners: HashMap<&str, (&Path, u32)> = HashMap::new();
-    for piece in std::iter::once(base).chain(included) {
+    for (index, (piece, is_new)) in pieces.enumerate() {
+        if index == 0 {
+            loaded.server = piece.parsed.server.clone();
+        }
         if let Some(stamp) = piece.stamp.filter(|_| piece.fresh) {
             loaded.recent.insert(piece.path.clone(), stamp);
         }
-        let is_old = known.get(&piece.path).is_some_and(|known| Arc::ptr_eq(known, piece));
-        let new = piece.parsed.problems.iter().filter(|p| !is_old || p.severity > Severity::Warning);
+        let new = piece.parsed.problems.iter().filter(|p| *is_new || p.severity > Severity::Warning);
         loaded.problems.extend(new.cloned());
         if piece.unstable {
             loaded.unstable.insert(piece.path.clone());

@@ -19,6 +19,7 @@ pub mod service;
 mod storage;
 pub mod store;
 pub mod usage;
+mod watch;
 mod write;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

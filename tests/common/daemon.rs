@@ -187,6 +187,27 @@ impl Daemon {
         qemu::run(Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]));
     }
 
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// Memory it uses, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", self.pid())).unwrap();
+        statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+
+    /// Processor time that all its threads have used, in nanoseconds.
+    pub fn cpu_ns(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let one = |task: std::io::Result<fs::DirEntry>| -> u64 {
+            let stat = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap_or_default();
+            stat.split_whitespace().next().map_or(0, |ns| ns.parse().unwrap())
+        };
+        tasks.map(one).sum()
+    }
+
     /// The names it lists.
     pub fn names(&self) -> Vec<String> {
         let out = qemu::run(Command::new("nbdinfo").args(["--list", "--json"]).arg(self.uri("")));
