@@ -27,8 +27,8 @@ pub const MAX_FILE_BYTES: u64 = 1 << 20;
 pub const MAX_FILES: usize = 65_536;
 /// How long after its last change an empty or broken file passes for one that is still being written.
 pub const FRESH: Duration = Duration::from_secs(1);
-/// Longest time in which a file system may give two changes the same time stamp, with room to spare.
-const TICK: Duration = Duration::from_millis(100);
+/// Longest time in which a file system may give two changes the same time stamp: FAT counts in two seconds.
+const TICK: Duration = Duration::from_secs(2);
 
 /// The whole configuration as found.
 #[derive(Debug, Default)]
@@ -150,7 +150,11 @@ impl Loader {
         };
         let mut included = Vec::new();
         let mut includedir_problem = None;
-        if let Some(directory) = base.0.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref()) {
+        let include_dir = base.0.parsed.server.as_ref().and_then(|s| s.include_dir.as_ref());
+        if include_dir.is_none() {
+            self.watch = None;
+        }
+        if let Some(directory) = include_dir {
             match self.load_included(directory, now) {
                 Ok(files) => included = files,
                 Err(what) => {
@@ -172,19 +176,19 @@ impl Loader {
     }
 
     /// The files of `includedir`, each with whether it was read anew.
-    fn load_included(&mut self, directory: &Path, now: SystemTime) -> Result<Vec<(Arc<Piece>, bool)>, String> {
+    fn load_included(&mut self, directory: &Path, now: SystemTime) -> Result<Vec<Found>, String> {
         let handle = File::open(directory).map_err(|e| e.to_string())?;
-        let known = std::mem::take(&mut self.included);
-        let touched = self.watch.as_ref().and_then(|watch| watch.touched(directory));
-        let (names, listed) = match touched {
-            Some(touched) => (touched.into_iter().filter(|name| is_conf(name)).collect(), false),
+        let (known, watch) = (std::mem::take(&mut self.included), self.watch.take());
+        let touched = watch.as_ref().and_then(|watch| watch.touched(directory));
+        let listed = touched.is_none();
+        let (watch, names) = match touched {
+            Some(touched) => (watch, touched.into_iter().filter(|name| is_conf(name)).collect()),
+            // the watch first: what changes after the listing is not to be missed
             None => {
-                // first: what changes after the listing is not to be missed
-                self.watch = Watch::new(directory).inspect_err(|e| debug!("{}: {e}", directory.display())).ok();
-                (list(directory)?, true)
+                (Watch::new(directory).inspect_err(|e| debug!("{}: {e}", directory.display())).ok(), list(directory)?)
             }
         };
-        let mut pieces = Vec::with_capacity(known.len());
+        let mut read = Vec::with_capacity(known.len());
         let (mut known, mut names) = (known.into_iter().peekable(), names.into_iter().peekable());
         // both are sorted: the smaller name comes next, the same name from both together
         loop {
@@ -194,34 +198,41 @@ impl Loader {
                 (None, Some(_)) => Ordering::Greater,
                 (Some(known), Some(name)) => known.name.cmp(name),
             };
-            let (known, name) = (known.next_if(|_| order.is_le()), names.next_if(|_| order.is_ge()));
-            let name = match (&known, name) {
-                (Some(_), None) if listed => continue, // gone
-                (Some(known), None) => known.name.clone(),
-                (_, Some(name)) => name,
-                (None, None) => unreachable!("one of the two is at its turn"),
-            };
-            if let Some(known) = known.as_ref().filter(|known| !listed && order.is_lt() && known.watched) {
-                pieces.push((Arc::clone(known), false));
-                continue;
-            }
-            let found = stat(Path::new(&name), Some(&handle));
-            match still(known.filter(|known| known.path.parent() == Some(directory)), found) {
-                Ok(piece) => pieces.push(piece),
-                Err(seen) => {
-                    let mut piece = read_and_parse(&directory.join(name), Role::Included, seen, now);
-                    if let Some(piece) = &mut piece {
-                        piece.watched = piece.certain && piece.stamp == found && is_watchable(&handle, &piece.name);
-                    }
-                    pieces.extend(piece.map(|piece| (Arc::new(piece), true)));
+            let known = known.next_if(|_| order.is_le());
+            match names.next_if(|_| order.is_ge()) {
+                // even with the same stamp: it may be that of two changes
+                Some(name) if !listed => {
+                    read.extend(read_included(directory, &handle, &name, known.and_then(|known| known.stamp), now));
                 }
+                Some(name) => match still(known, stat(Path::new(&name), Some(&handle))) {
+                    Ok(piece) => read.push(piece),
+                    Err(seen) => read.extend(read_included(directory, &handle, &name, seen, now)),
+                },
+                // it was not touched; if it was listed, it has gone
+                None => match known.filter(|_| !listed) {
+                    Some(known) if known.watched => read.push((known, false)),
+                    Some(known) => read.extend(read_included(directory, &handle, &known.name, known.stamp, now)),
+                    None => {}
+                },
             }
         }
-        if pieces.len() > MAX_FILES {
+        if read.len() > MAX_FILES {
             return Err(format!("more than {MAX_FILES} .conf files"));
         }
-        Ok(pieces)
+        // only now: with it the next load relies on what this one has found
+        self.watch = watch;
+        Ok(read)
     }
+}
+
+/// A file as it was read, and whether that was just now.
+type Found = (Arc<Piece>, bool);
+
+/// Reads a file of `includedir`. `None`: there is no such file (any more).
+fn read_included(directory: &Path, handle: &File, name: &OsStr, seen: Option<Stamp>, now: SystemTime) -> Option<Found> {
+    let mut piece = read_and_parse(&directory.join(name), Role::Included, seen, now)?;
+    piece.watched = piece.complete && is_watchable(handle, name);
+    Some((Arc::new(piece), true))
 }
 
 /// What a file looks like, by its path or by its name in a directory.
@@ -248,7 +259,7 @@ fn is_conf(name: &OsStr) -> bool {
 }
 
 /// The known file, not to be read anew, if it still is what it was. `Err`: what it looked like, if it was known.
-fn still(known: Option<Arc<Piece>>, found: Option<Stamp>) -> Result<(Arc<Piece>, bool), Option<Stamp>> {
+fn still(known: Option<Arc<Piece>>, found: Option<Stamp>) -> Result<Found, Option<Stamp>> {
     match known {
         Some(known) if known.certain && known.stamp == found => Ok((known, false)),
         known => Err(known.and_then(|known| known.stamp)),
@@ -280,6 +291,8 @@ pub struct Piece {
     stamp: Option<Stamp>,
     unstable: bool,
     fresh: bool,
+    /// It was read whole.
+    complete: bool,
     /// While it has this stamp it has this content.
     certain: bool,
     /// While the watch is silent it has this stamp.
@@ -295,8 +308,8 @@ impl Piece {
 
     fn new(path: &Path, parsed: Parsed) -> Piece {
         let name = path.file_name().unwrap_or_default().to_owned();
-        let (unstable, fresh, certain, watched) = Default::default();
-        Piece { path: path.to_owned(), name, parsed, stamp: None, unstable, fresh, certain, watched }
+        let (unstable, fresh, complete, certain, watched) = Default::default();
+        Piece { path: path.to_owned(), name, parsed, stamp: None, unstable, fresh, complete, certain, watched }
     }
 }
 
@@ -317,8 +330,9 @@ fn read_and_parse(path: &Path, role: Role, seen: Option<Stamp>, now: SystemTime)
     let unended = content.text.last().is_some_and(|b| *b != b'\n') && seen != Some(content.stamp);
     let incomplete = content.text.is_empty() || parsed.failed || unended;
     let unstable = content.changed || (fresh && incomplete);
-    let certain = !unstable && !unended && !content.stamp.is_ambiguous(now);
-    Some(Piece { stamp: Some(content.stamp), unstable, fresh, certain, ..Piece::new(path, parsed) })
+    let complete = !unstable && !unended;
+    let certain = complete && !content.stamp.is_ambiguous(now);
+    Some(Piece { stamp: Some(content.stamp), unstable, fresh, complete, certain, ..Piece::new(path, parsed) })
 }
 
 /// What a file holds.
@@ -354,7 +368,7 @@ fn checked_stamp(file: &File) -> io::Result<Stamp> {
 
 /// Puts the files together, the base file first: finds names defined twice and sets failed files aside. Each comes with
 /// whether it was read anew: of the others only what keeps them from taking effect is reported.
-fn assemble<'a>(pieces: impl Iterator<Item = &'a (Arc<Piece>, bool)>) -> Loaded {
+fn assemble<'a>(pieces: impl Iterator<Item = &'a Found>) -> Loaded {
     let mut loaded = Loaded::default();
     let mut owners: HashMap<&str, (&Path, u32)> = HashMap::new();
     for (index, (piece, is_new)) in pieces.enumerate() {
@@ -539,20 +553,37 @@ mod tests {
         let d = Directory::new();
         d.write("conf.d/a.conf", "[a]\nexportname=/a\nsize=5\n");
         d.write("conf.d/bad.conf", "[b]\n");
-        std::thread::sleep(2 * TICK);
         let mut loader = Loader::new(&d.path("config"));
         let first = loader.load();
         assert_eq!(first.problems.len(), 3, "includedir is relative, size unknown, b without a path");
+        let old = SystemTime::now() - 10 * FRESH;
+        File::options().write(true).open(d.path("config")).and_then(|f| f.set_modified(old)).expect("age");
         let second = loader.load();
         assert!(Arc::ptr_eq(&first.exports[0], &second.exports[0]));
-        assert_eq!(second.problems.len(), 1, "a warning is said once, an error as long as it lasts");
+        assert_eq!(errors(&second).len(), 1, "a warning is said once, an error as long as it lasts");
         // same size and modification time
         let modified = d.path("conf.d/a.conf").metadata().and_then(|m| m.modified()).expect("modified");
         d.write("conf.d/a.conf", "[a]\nexportname=/b\nsize=5\n");
         let file = File::options().write(true).open(d.path("conf.d/a.conf")).expect("open");
         file.set_modified(modified).expect("set time");
         assert_eq!(loader.load().exports[0].path, Path::new("/b"));
+        // a base file that says nothing, and one that says it again
+        d.write("config", "");
+        assert!(loader.load().exports.is_empty());
+        d.write("config", "[generic]\nincludedir = conf.d\n");
+        assert_eq!(names(&loader.load()), ["a"]);
         fs::remove_file(d.path("conf.d/a.conf")).expect("remove");
         assert!(loader.load().exports.is_empty());
+        // another directory of that name
+        fs::rename(d.path("conf.d"), d.path("former")).expect("rename");
+        fs::create_dir(d.path("conf.d")).expect("conf.d");
+        d.write("conf.d/c.conf", "[c]\nexportname=/c\n");
+        assert_eq!(names(&loader.load()), ["c"]);
+        // what a link leads to changes unnoticed by the directory
+        d.write("elsewhere", "[l]\nexportname=/l\n");
+        std::os::unix::fs::symlink(d.path("elsewhere"), d.path("conf.d/l.conf")).expect("link");
+        assert_eq!(names(&loader.load()), ["c", "l"]);
+        d.write("elsewhere", "[m]\nexportname=/m\n");
+        assert_eq!(names(&loader.load()), ["c", "m"]);
     }
 }
