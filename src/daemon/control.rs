@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tracing::debug;
 
 /// Least time between two looks for exports that clients miss.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
@@ -99,6 +100,7 @@ impl Control {
         let now = Instant::now();
         if self.look_due.is_some_and(|due| due <= now) {
             self.look_due = None;
+            debug!("looking for exports that clients miss");
             self.reload.begin_additions();
             let pass = self.reload.pass();
             self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
