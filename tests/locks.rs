@@ -5,6 +5,7 @@ mod common;
 use common::daemon::Setup;
 use common::holder::Holder;
 use common::qemu;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -60,24 +61,64 @@ fn the_holder_is_named() {
     let _dir = daemon.stop();
 }
 
+/// Two exports of one file, by whatever name, share one brain and one lock.
 #[test]
-fn two_exports_of_one_image_share_it() {
+fn exports_of_one_image_share_it() {
     let setup = Setup::new();
     let image = setup.image("disk.qcow2", "", "1M");
-    std::os::unix::fs::symlink(&image, setup.dir().join("alias.qcow2")).unwrap();
-    setup.export("a", &image, "");
-    setup.export("b", &setup.dir().join("alias.qcow2"), "");
+    let (alias, twin) = (setup.dir().join("alias.qcow2"), setup.dir().join("twin.qcow2"));
+    std::os::unix::fs::symlink(&image, &alias).unwrap();
+    std::fs::hard_link(&image, &twin).unwrap();
+    setup.export("image", &image, "");
+    setup.export("alias", &alias, "");
+    setup.export("twin", &twin, "");
+    setup.export("reader", &twin, "readonly = true");
     setup.export("raw", &image, "format = raw");
     let daemon = setup.start();
     daemon.python(
-        "a",
-        "b = nbd.NBD()\nb.connect_uri(uri.replace('///a', '///b'))\nh.pwrite(b'shared', 1000)\n\
-         assert b.pread(6, 1000) == b'shared'\nb.pwrite(b'both', 70000)\nassert h.pread(4, 70000) == b'both'\n\
-         try:\n    nbd.NBD().connect_uri(uri.replace('///a', '///raw'))\n    raise SystemExit('two formats at once')\n\
-         except nbd.Error:\n    pass\n",
+        "image",
+        r#"
+def to(name):
+    other = nbd.NBD()
+    other.connect_uri(uri.replace('///image', '///' + name))
+    return other
+alias, twin, reader = to('alias'), to('twin'), to('reader')
+all = [h, alias, twin, reader]
+for i, writer in enumerate([h, alias, twin] * 20):
+    # the same cluster, one no client has written yet, and zeroes: what one wrote, all read, without a flush
+    for at in (1000, (i % 15 + 1) * 65536 - 7):
+        data = bytes([i + 1]) * 30
+        writer.pwrite(data, at)
+        assert all[(i + 1) % 4].pread(30, at) == data and all[(i + 2) % 4].pread(30, at) == data
+    writer.zero(65536, 0)
+    assert reader.pread(2000, 0) == bytes(2000)
+assert reader.is_read_only() and not twin.is_read_only()
+try:
+    to('raw')
+    raise SystemExit('two formats at once')
+except nbd.Error:
+    pass
+h.shutdown()
+alias.pwrite(b'still', 0)
+assert reader.pread(5, 0) == b'still'
+print('on', flush=True)
+"#,
     );
-    let _dir = daemon.stop();
+    let clients: Vec<Holder> =
+        ["image", "alias", "twin", "reader"].map(|name| Holder::client(&daemon.uri(name)).unwrap()).into();
+    assert_eq!(open_files_that_lock(daemon.pid(), &image), 1);
+    drop(clients);
+    let (_dir, log) = daemon.stop();
+    assert_eq!(log.matches("opened, ").count(), log.matches(": closed").count(), "{log}");
     qemu::check(&image);
+}
+
+/// How many of a process's open files hold locks on an image.
+fn open_files_that_lock(pid: u32, image: &Path) -> usize {
+    let inode = format!(":{} ", std::fs::metadata(image).unwrap().ino());
+    let infos = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap().filter_map(Result::ok);
+    let texts = infos.filter_map(|info| std::fs::read_to_string(info.path()).ok());
+    texts.filter(|text| text.lines().any(|line| line.starts_with("lock:") && line.contains(&inode))).count()
 }
 
 #[test]

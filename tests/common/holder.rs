@@ -2,6 +2,7 @@
 
 use super::qemu;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -29,7 +30,9 @@ impl Holder {
         let child = piped(Command::new("qemu-nbd").args(args).arg("-t").arg("-k").arg(&socket).arg(image));
         let mut holder = Holder { child, name: "qemu-nbd" };
         let start = Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+        // it listens before it opens the image, and greets after
+        let greets = || UnixStream::connect(&socket)?.read_exact(&mut [0; 8]);
+        while greets().is_err() {
             if holder.child.try_wait().unwrap().is_some() {
                 return Err(holder.last_words());
             }
