@@ -57,7 +57,8 @@ fn a_client_waits_until_the_lock_is_free() {
     let start = Instant::now();
     assert!(Holder::client(&daemon.uri("hasty")).is_err());
     assert!(start.elapsed() < Duration::from_secs(60), "0 is: not at all");
-    assert!(daemon.log().contains(&format!("in use by {}", holder.named())), "{}", daemon.log());
+    let words = format!("in use by {}", holder.named());
+    daemon.wait_for(&words, || daemon.log().contains(&words));
     drop(holder);
     let both = (one.ends().unwrap(), other.ends().unwrap());
     drop(both);
@@ -76,8 +77,9 @@ fn waiting_ends() {
     waiting.goes_on();
     assert!(waiting.ends().is_err());
     assert!(start.elapsed() >= Duration::from_millis(2500));
-    assert_eq!(daemon.log().matches(&holder.named()).count(), 1, "said once: {}", daemon.log());
-    daemon.stop();
+    daemon.wait_for("the reason", || daemon.log().contains(&holder.named()));
+    let (_dir, log) = daemon.stop();
+    assert_eq!(log.matches(&holder.named()).count(), 1, "said once: {log}");
 }
 
 #[test]

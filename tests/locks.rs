@@ -52,9 +52,8 @@ fn the_holder_is_named() {
     for export in ["disk", "ro"] {
         let out = qemu::output(Command::new("nbdinfo").arg(daemon.uri(export)));
         assert!(!out.status.success(), "{export} while QEMU writes");
-        let said = qemu::text(&out.stderr);
         let words = format!("export {export:?}: {}: is in use by {}: its", image.display(), holder.named());
-        assert!(daemon.log().contains(&words), "{words}: {said}{}", daemon.log());
+        daemon.wait_for(&words, || daemon.log().contains(&words));
     }
     drop(holder);
     qemu::run(Command::new("nbdinfo").arg(daemon.uri("disk")));
@@ -108,8 +107,7 @@ print('on', flush=True)
         ["image", "alias", "twin", "reader"].map(|name| Holder::client(&daemon.uri(name)).unwrap()).into();
     assert_eq!(open_files_that_lock(daemon.pid(), &image), 1);
     drop(clients);
-    let (_dir, log) = daemon.stop();
-    assert_eq!(log.matches("opened, ").count(), log.matches(": closed").count(), "{log}");
+    let _dir = daemon.stop();
     qemu::check(&image);
 }
 
