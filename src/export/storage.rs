@@ -34,11 +34,12 @@ struct Writer {
     image: Arc<Image>,
     /// This worker's hands on it, to flush it with.
     disk: Rc<Disk>,
+    counted: bool,
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.image.writer_left();
+        self.count_out();
     }
 }
 
@@ -149,13 +150,16 @@ impl Parts {
                 match local_disk(&image, writable) {
                     Ok(disk) => {
                         if writable {
-                            self.writers.push(Writer { image: Arc::clone(&image), disk: Rc::clone(&disk) });
+                            self.writers.push(Writer {
+                                image: Arc::clone(&image),
+                                disk: Rc::clone(&disk),
+                                counted: true,
+                            });
                         }
                         disk
                     }
                     Err(e) => {
-                        if writable {
-                            image.writer_left();
+                        if writable && image.writer_left() {
                             image.end_writing();
                         }
                         return Err(failed(e));
@@ -171,21 +175,25 @@ impl Parts {
 
     /// Nothing was written: there is nothing to flush.
     fn give_up(&mut self) {
-        for writer in self.writers.drain(..) {
-            let image = Arc::clone(&writer.image);
-            drop(writer);
-            image.end_writing();
+        for mut writer in self.writers.drain(..) {
+            if writer.count_out() {
+                writer.image.end_writing();
+            }
         }
     }
 }
 
 impl Writer {
-    async fn leave(self, failed: &AtomicUsize) {
-        let (image, disk) = (Arc::clone(&self.image), Rc::clone(&self.disk));
-        drop(self);
-        if image.writers() > 0 {
+    /// Whether it was the last one, which is to be followed by `end_writing`.
+    fn count_out(&mut self) -> bool {
+        std::mem::take(&mut self.counted) && self.image.writer_left()
+    }
+
+    async fn leave(mut self, failed: &AtomicUsize) {
+        if !self.count_out() {
             return;
         }
+        let (image, disk) = (&self.image, &self.disk);
         let path = image.path().display();
         let mut pause = FLUSH_PAUSE;
         loop {

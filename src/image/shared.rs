@@ -53,6 +53,8 @@ pub struct Image {
 struct Writers {
     count: usize,
     locked: bool,
+    /// Writers that were the last and have not called `end_writing` yet.
+    ending: usize,
     /// Temporary layers over the image: nobody writes it meanwhile.
     still: usize,
 }
@@ -340,15 +342,21 @@ impl Image {
         Ok(())
     }
 
-    /// Counts a writer out. The last one flushes the image and then calls [`Image::end_writing`].
-    pub fn writer_left(&self) {
-        unpoisoned(&self.writers).count -= 1;
+    /// Counts a writer out. `true`: it was the last one; it flushes the image and then calls [`Image::end_writing`].
+    pub fn writer_left(&self) -> bool {
+        let mut writers = unpoisoned(&self.writers);
+        writers.count -= 1;
+        let last = writers.count == 0;
+        writers.ending += usize::from(last);
+        last
     }
 
-    /// Gives the write lock back, unless a writer has come again.
+    /// What a last writer wrote is flushed: gives the write lock back, unless a writer has come again or another one
+    /// that was the last still flushes.
     pub fn end_writing(&self) {
         let mut writers = unpoisoned(&self.writers);
-        if writers.count == 0 && std::mem::take(&mut writers.locked) {
+        writers.ending -= 1;
+        if writers.count == 0 && writers.ending == 0 && std::mem::take(&mut writers.locked) {
             self.drop_write_locks();
         }
     }
@@ -394,11 +402,6 @@ impl Image {
         }
     }
 
-    /// Number of connected writers.
-    pub fn writers(&self) -> usize {
-        unpoisoned(&self.writers).count
-    }
-
     /// Ends writing to the image because a layer is corrupt; the first report is logged.
     pub(super) fn break_off(&self, layer: usize, corrupt: Corrupt) {
         let first = self.layers[layer].metadata().is_some_and(|mut md| md.break_off(corrupt.clone()));
@@ -436,5 +439,31 @@ pub(super) fn locked(path: &Path, refused: Refused) -> Error {
             remedy: "stop that program, or serve the export with `readonly = true` if it only reads",
         },
         Refused::Io(source) => Error::Io { path: path.to_owned(), action: "lock it", source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::mem::MemDisk;
+
+    #[test]
+    fn a_writer_that_fails_does_not_unlock_what_another_one_still_flushes() {
+        let image = ring::run(Image::in_memory(&[(MemDisk::new(vec![0; 4096], 0), Format::Raw)])).unwrap().unwrap();
+        let locked = || unpoisoned(&image.writers).locked;
+        image.begin_writing().unwrap();
+        assert!(image.writer_left(), "it begins to flush");
+        image.begin_writing().unwrap();
+        assert!(image.writer_left(), "it could not open its disk");
+        image.end_writing();
+        assert!(locked());
+        image.end_writing();
+        assert!(!locked());
+        // a writer that stays keeps the lock
+        image.begin_writing().unwrap();
+        assert!(image.writer_left());
+        image.begin_writing().unwrap();
+        image.end_writing();
+        assert!(locked());
     }
 }
