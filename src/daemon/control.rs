@@ -4,8 +4,9 @@
 
 use super::notify;
 use super::reload::{Pass, Reload};
-use crate::export::control::{Outcome, Request};
+use crate::export::control::{Applied, Outcome, Request};
 use crate::export::registry::Registry;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -80,6 +81,14 @@ impl Control {
                     false => drop(done.send(self.reload.outcome())),
                 }
             }
+            Request::File { file, done } => {
+                let (plan, problems) = self.reload.file(&file);
+                self.registry.apply(&plan, self.reload.generation());
+                let problems = problems.iter().map(|p| p.to_string()).collect();
+                let _ = done.send(Applied { generation: self.reload.generation(), problems });
+                self.answer();
+            }
+            Request::IncludeDir { done } => drop(done.send(self.reload.include_dir().map(Path::to_owned))),
             Request::Missing { name, done } => {
                 self.missing.push(Missing { name, since: Instant::now(), looked: false, done });
                 if self.look_due.is_none() {

@@ -1,7 +1,7 @@
 //! The daemon: the order in which things start and stop, and what signals do. Runs on the control thread; clients
 //! live on the workers. Called by `cowgate serve`.
 //!
-//! Start: signals, configuration, listeners, pid file, change of user, registry, workers, "ready". Stop (SIGTERM, SIGINT): no new clients, what
+//! Start: signals, configuration, listeners, pid file, control socket, change of user, registry, workers, "ready". Stop (SIGTERM, SIGINT): no new clients, what
 //! is in flight is finished, images are flushed as their last clients leave, workers end. SIGHUP reads the
 //! configuration again; nobody is disconnected by it.
 
@@ -15,10 +15,12 @@ mod privileges;
 mod reload;
 mod signals;
 
-use crate::export::config::{Listen, ServerConfig};
+use crate::export::config::{ControlSocket, DEFAULT_CONTROL_SOCKET, Listen, ServerConfig};
 use crate::export::control::{self as requests, Request};
 use crate::export::registry::Registry;
 use crate::ring::Workers;
+use crate::ring::unix_listener::UnixBindError;
+use crate::serve::control as control_api;
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
 use control::Control;
@@ -34,7 +36,7 @@ use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -87,6 +89,9 @@ pub enum Error {
     /// An address cannot be listened on.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The control socket cannot be had.
+    #[error("controlsock: {0}")]
+    ControlSocket(#[from] UnixBindError),
     /// The process ID cannot be written.
     #[error("cannot write the pid file {}: {source}", path.display())]
     PidFile {
@@ -130,7 +135,7 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
         Signals::new(options.log.clone()).map_err(|source| Error::Start { what: "signal handling", source })?;
     raise_descriptor_limit();
     let (reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
-    let opened = Opened::new(&server, options)?;
+    let mut opened = Opened::new(&server, options)?;
     opened.drop_privileges(&server, options)?;
     // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone(), server.lock_timeout);
@@ -140,7 +145,10 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
     let (handle, requests) = requests::channel();
+    let state = control_api::State::new(Arc::clone(&registry), handle.clone(), workers.clone());
     let context = Arc::new(Context { registry, control: handle, list_allowed });
+    // its answers are given by this thread, between everything else that it does
+    let api = opened.control.take().map(|socket| tokio::spawn(socket.serve(Arc::clone(&state))));
     info!("ready: listening on {}", opened.addresses);
     notify::ready(&control.status(), options.in_background);
     let _watchdog = Watchdog::start(options.in_background);
@@ -148,7 +156,13 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
         let detached = background::detach(options.log.is_some());
         detached.map_err(|source| Error::Start { what: "in the background: whoever started it has gone", source })?;
     }
-    serve(opened, &workers, context, &mut signals, control, requests).await
+    let served = serve(opened, &workers, context, &mut signals, control, requests, &state).await;
+    if let Some(api) = api {
+        // ends it here, so that its socket's file is gone before the process is
+        api.abort();
+        let _ = api.await;
+    }
+    served
 }
 
 /// What others can see of a running daemon: its sockets and its pid file.
@@ -157,6 +171,7 @@ struct Opened {
     /// For the log line.
     addresses: String,
     pid_file: Option<PidFile>,
+    control: Option<control_api::Socket>,
 }
 
 impl Opened {
@@ -165,7 +180,9 @@ impl Opened {
         let tcp = listeners.tcp_addresses().into_iter().map(|a| a.to_string());
         let unix = server.unix_socket.iter().map(|path| format!("unix:{}", path.display()));
         let addresses = tcp.chain(unix).collect::<Vec<_>>().join(", ");
-        Ok(Opened { listeners, addresses, pid_file: pid_file(&options.pid_file)? })
+        // after the pid file, which says that no other daemon serves this configuration
+        let pid_file = pid_file(&options.pid_file)?;
+        Ok(Opened { listeners, addresses, pid_file, control: control_socket(&server.control_socket)? })
     }
 
     /// Becomes the configured user and group. The pid file stays root's: root signals whom it names.
@@ -175,12 +192,29 @@ impl Opened {
         };
         if geteuid().is_root() {
             self.listeners.give_to(identity.uid(), identity.gid())?;
+            if let Some(control) = &self.control {
+                control.give_to(identity.uid(), identity.gid())?;
+            }
         }
         identity.assume()?;
         if let Err(e) = File::open(&options.config) {
             warn!("this user cannot read {}: {e}; a reload will change nothing", options.config.display());
         }
         Ok(())
+    }
+}
+
+fn control_socket(wanted: &ControlSocket) -> Result<Option<control_api::Socket>, Error> {
+    match wanted {
+        ControlSocket::Off => Ok(None),
+        ControlSocket::At(path) => Ok(Some(control_api::Socket::bind(path)?)),
+        ControlSocket::Default => match control_api::Socket::bind(Path::new(DEFAULT_CONTROL_SOCKET)) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(e) => {
+                warn!("no control API: {e}; choose another place with controlsock in [generic], or controlsock = none");
+                Ok(None)
+            }
+        },
     }
 }
 
@@ -206,6 +240,7 @@ async fn serve(
     signals: &mut Signals,
     mut control: Control,
     mut requests: mpsc::Receiver<Request>,
+    api: &control_api::State,
 ) -> Result<(), Error> {
     let Opened { listeners, pid_file, .. } = opened;
     let registry = Arc::clone(&context.registry);
@@ -229,6 +264,7 @@ async fn serve(
 
     info!("{name}: no new clients; finishing what is in flight, for up to {} s", STOP_LIMIT.as_secs());
     notify::stopping();
+    api.stop();
     stop.send_replace(true);
     // those before were logged when they happened; the status speaks of this end
     let failed_before = registry.failed_flushes();

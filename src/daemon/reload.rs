@@ -11,7 +11,7 @@ use crate::export::load::{self, Loaded, Loader, Stamps};
 use crate::export::plan::{Plan, Scope, plan};
 use crate::export::problem::{Problem, Severity};
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, error, info, warn};
@@ -28,6 +28,8 @@ pub struct Reload {
     /// The settings the daemon was started with; only a restart changes them.
     started_with: ServerConfig,
     applied: Vec<Arc<ExportConfig>>,
+    /// `includedir`, as configured now.
+    include_dir: Option<PathBuf>,
     /// What the passes under way may change.
     scope: Scope,
     /// Files of the last pass that had just changed.
@@ -78,6 +80,7 @@ impl Reload {
             loader,
             started_with: server.clone(),
             applied: Vec::new(),
+            include_dir: None,
             scope: Scope::All,
             recent: Stamps::new(),
             unsettled: false,
@@ -158,19 +161,56 @@ impl Reload {
 
     fn take(&mut self, mut loaded: Loaded) -> Pass {
         self.passes += 1;
-        let mut plan = plan(&self.applied, &loaded, self.scope);
+        let mut plan = plan(&self.applied, &loaded, &self.scope);
         self.applied = std::mem::take(&mut plan.applied);
         self.unsettled = !loaded.unstable.is_empty();
         self.recent = std::mem::take(&mut loaded.recent);
         let again = self.next_pause();
+        self.note_settings(&loaded);
         let list_allowed =
             loaded.server.as_ref().map(|server| server.list_allowed).filter(|_| self.scope == Scope::All);
         self.note(&loaded, &plan);
         match self.scope {
             Scope::All => self.say(&loaded, &plan, again.is_none() || !self.unsettled),
-            Scope::Additions => self.say_additions(&plan),
+            Scope::Additions | Scope::File(_) => self.say_additions(&plan),
         }
         Pass { plan, again, list_allowed }
+    }
+
+    /// Reads what has changed and takes over only what one file defines or has defined: somebody has just written or
+    /// removed it as a whole. A series of passes under way goes on as it was. Also returns what keeps the file from
+    /// taking effect.
+    pub fn file(&mut self, file: &Path) -> (Plan, Vec<Problem>) {
+        let loaded = self.loader.load();
+        let mut plan = plan(&self.applied, &loaded, &Scope::File(file.to_owned()));
+        self.applied = std::mem::take(&mut plan.applied);
+        self.outcome.generation += u64::from(!plan.is_empty());
+        self.outcome.exports = self.applied.len();
+        self.note_settings(&loaded);
+        let generation = self.outcome.generation;
+        for problem in loaded.problems.iter().filter(|p| p.file == file) {
+            log(generation, problem);
+        }
+        for export in plan.add.iter().chain(&plan.change) {
+            info!("configuration {generation}: {:?} is served as {} has it", export.name, file.display());
+        }
+        for name in &plan.remove {
+            info!("configuration {generation}: {name:?} is removed with {}", file.display());
+        }
+        let concerns = |p: &Problem| p.severity > Severity::Warning && (p.file == file || loaded.server.is_none());
+        let problems = loaded.problems.iter().chain(&plan.problems).filter(|p| concerns(p)).cloned().collect();
+        (plan, problems)
+    }
+
+    /// Where the files of single exports are, as configured now.
+    pub fn include_dir(&self) -> Option<&Path> {
+        self.include_dir.as_deref()
+    }
+
+    fn note_settings(&mut self, loaded: &Loaded) {
+        if let Some(server) = &loaded.server {
+            self.include_dir.clone_from(&server.include_dir);
+        }
     }
 
     fn next_pause(&self) -> Option<Duration> {

@@ -19,6 +19,8 @@ use std::time::Duration;
 
 /// The port that IANA assigned to NBD.
 pub const DEFAULT_PORT: u16 = 10809;
+/// Where the control API listens when the configuration does not say.
+pub const DEFAULT_CONTROL_SOCKET: &str = "/run/cowgate/control.sock";
 /// Longest export name in bytes that the NBD protocol allows.
 pub const MAX_NAME_BYTES: usize = 4096;
 /// Longest Unix socket path in bytes that Linux takes.
@@ -129,6 +131,18 @@ impl fmt::Display for Listen {
     }
 }
 
+/// Where the control API listens (`controlsock`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ControlSocket {
+    /// At [`DEFAULT_CONTROL_SOCKET`], if that can be had.
+    #[default]
+    Default,
+    /// Nowhere.
+    Off,
+    /// At this path.
+    At(PathBuf),
+}
+
 /// The `[generic]` group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerConfig {
@@ -150,6 +164,8 @@ pub struct ServerConfig {
     pub lock_timeout: Option<Duration>,
     /// Directory with further files of exports.
     pub include_dir: Option<PathBuf>,
+    /// Where the control API listens.
+    pub control_socket: ControlSocket,
     /// Name of the user to become once everything that needs root is done.
     pub user: Option<String>,
     /// Name of the group to become; `None`: the user's own.
@@ -168,6 +184,7 @@ impl Default for ServerConfig {
             image_roots: None,
             lock_timeout: None,
             include_dir: None,
+            control_socket: ControlSocket::Default,
             user: None,
             group: None,
         }
@@ -195,6 +212,7 @@ impl ServerConfig {
             ("workers", self.workers != other.workers),
             ("imageroots", self.image_roots != other.image_roots),
             ("locktimeout", self.lock_timeout != other.lock_timeout),
+            ("controlsock", self.control_socket != other.control_socket),
             ("user", self.user != other.user),
             ("group", self.group != other.group),
         ];
@@ -288,6 +306,7 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
             "listenaddr" => server.listen = listen_addresses(at, reader),
             "port" => server.port = port(at, reader).unwrap_or(DEFAULT_PORT),
             "unixsock" => server.unix_socket = socket_path(at, reader),
+            "controlsock" => server.control_socket = control_socket(at, reader),
             "duallisten" => server.dual_listen = reader.boolean(at).unwrap_or(false),
             "allowlist" => server.list_allowed = reader.boolean(at).unwrap_or(false),
             "workers" => server.workers = workers(at, reader),
@@ -391,6 +410,13 @@ fn socket_path(at: At<'_>, reader: &mut Reader<'_>) -> Option<PathBuf> {
         return None;
     }
     Some(path)
+}
+
+fn control_socket(at: At<'_>, reader: &mut Reader<'_>) -> ControlSocket {
+    if at.entry.value.trim_ascii() == b"none" {
+        return ControlSocket::Off;
+    }
+    socket_path(at, reader).map_or(ControlSocket::Default, ControlSocket::At)
 }
 
 fn workers(at: At<'_>, reader: &mut Reader<'_>) -> Option<usize> {

@@ -2,7 +2,9 @@
 //! from the control API. Carried out by the daemon.
 
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
+use utoipa::ToSchema;
 
 /// Requests that may wait for the control thread; who asks when it is full waits.
 const QUEUE: usize = 1024;
@@ -17,6 +19,18 @@ pub enum Request {
         /// Gets what came of it.
         done: oneshot::Sender<Outcome>,
     },
+    /// A file of `includedir` was written or removed as a whole: apply it, and nothing else.
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Told when it is applied.
+        done: oneshot::Sender<Applied>,
+    },
+    /// Where are the files of single exports?
+    IncludeDir {
+        /// Gets the directory; `None`: none is configured.
+        done: oneshot::Sender<Option<PathBuf>>,
+    },
     /// A client asks for an export that is not there: look whether the configuration has it by now.
     Missing {
         /// The export.
@@ -26,8 +40,18 @@ pub enum Request {
     },
 }
 
+/// What came of one file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The configuration's number since.
+    pub generation: u64,
+    /// What keeps the file from taking effect, a line each.
+    pub problems: Vec<String>,
+}
+
 /// What came of a reload.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = Reloaded)]
 pub struct Outcome {
     /// Its number.
     pub generation: u64,
@@ -65,6 +89,20 @@ impl Handle {
         let (done, outcome) = oneshot::channel();
         self.0.send(Request::Reload { wait, done }).await.ok()?;
         outcome.await.ok()
+    }
+
+    /// Has a file of `includedir` applied that was written or removed as a whole. `None`: the daemon is stopping.
+    pub async fn file(&self, file: PathBuf) -> Option<Applied> {
+        let (done, applied) = oneshot::channel();
+        self.0.send(Request::File { file, done }).await.ok()?;
+        applied.await.ok()
+    }
+
+    /// `includedir`, as configured now.
+    pub async fn include_dir(&self) -> Option<PathBuf> {
+        let (done, answer) = oneshot::channel();
+        self.0.send(Request::IncludeDir { done }).await.ok()?;
+        answer.await.ok().flatten()
     }
 
     /// Has the configuration looked through for an export that is not served. Returns when that was done.

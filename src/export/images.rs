@@ -45,6 +45,11 @@ impl Images {
         Images { gate, table: Mutex::new(Table { slots: HashMap::new(), sweep_at: SWEEP_AT }) }
     }
 
+    /// What images may name.
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
     /// The size in bytes of the disk in a file of an export, and whether it is marked corrupt. Nothing is locked.
     pub(super) async fn describe(&self, path: &Path, config: &ExportConfig) -> Result<(u64, bool), image::Error> {
         let opener = Opener::new(path)?;

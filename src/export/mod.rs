@@ -16,6 +16,7 @@ mod reader;
 pub mod registry;
 pub mod serialize;
 pub mod service;
+pub mod status;
 mod storage;
 pub mod store;
 pub mod usage;

@@ -7,6 +7,7 @@ use crate::export::config::ExportConfig;
 use crate::export::load::Loaded;
 use crate::export::problem::{Problem, Severity};
 use std::cmp::Ordering;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The difference between two states of the configuration. Each list is sorted by name; no name is in two of the first
@@ -35,17 +36,30 @@ impl Plan {
 }
 
 /// What may take effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Everything: somebody who may do so asked for it.
     All,
     /// New exports only: a client asked for one, and what is served is not its business.
     Additions,
+    /// What this file defines or has defined: whoever changed it has asked for nothing else.
+    File(PathBuf),
 }
 
 /// Compares the exports served so far, sorted by name, with the configuration as loaded.
-pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: Scope) -> Plan {
+pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: &Scope) -> Plan {
     let mut plan = Plan::default();
+    let may_add = |new: &ExportConfig| match scope {
+        Scope::All | Scope::Additions => true,
+        Scope::File(file) => new.source.file == *file,
+    };
+    let may_end = |old: &ExportConfig| match scope {
+        Scope::All => true,
+        Scope::Additions => false,
+        Scope::File(file) => old.source.file == *file,
+    };
+    let may_change =
+        |old: &ExportConfig, new: &ExportConfig| *scope != Scope::Additions && (may_end(old) || may_add(new));
     let is_held = |e: &ExportConfig| {
         loaded.server.is_none() || loaded.failed.contains(&e.source.file) || loaded.contested.contains(&e.name)
     };
@@ -62,11 +76,12 @@ pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: Scope) -> Pl
         let old = before.next_if(|_| order.is_le());
         let new = now.next_if(|_| order.is_ge());
         match (old, new) {
+            (None, Some(new)) if !may_add(new) => {}
             (None, Some(new)) => {
                 plan.add.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
             }
-            (Some(old), None) if scope == Scope::Additions || is_held(old) => plan.applied.push(Arc::clone(old)),
+            (Some(old), None) if !may_end(old) || is_held(old) => plan.applied.push(Arc::clone(old)),
             (Some(old), None) => plan.remove.push(old.name.clone()),
             (Some(old), Some(new)) if Arc::ptr_eq(old, new) => plan.applied.push(Arc::clone(old)),
             (Some(old), Some(new)) if is_held(old) => {
@@ -77,7 +92,7 @@ pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: Scope) -> Pl
                 plan.moved.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
             }
-            (Some(old), Some(_)) if scope == Scope::Additions => plan.applied.push(Arc::clone(old)),
+            (Some(old), Some(new)) if !may_change(old, new) => plan.applied.push(Arc::clone(old)),
             (Some(_), Some(new)) => {
                 plan.change.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
@@ -99,7 +114,6 @@ mod tests {
     use crate::export::config::{ServerConfig, Source};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
-    use std::path::PathBuf;
 
     fn export(name: &str, path: &str, file: &str) -> Arc<ExportConfig> {
         Arc::new(ExportConfig::new(name, path, Source { file: file.into(), line: 1 }))
@@ -123,7 +137,7 @@ mod tests {
     fn added_changed_removed_kept() {
         let before = [export("a", "/a", "1"), export("b", "/b", "1"), export("c", "/c", "1")];
         let now = [export("b", "/b", "1"), export("c", "/other", "1"), export("d", "/d", "1")];
-        let plan = plan(&before, &loaded(&now, &[], &[]), Scope::All);
+        let plan = plan(&before, &loaded(&now, &[], &[]), &Scope::All);
         assert_eq!((names(&plan.add), names(&plan.change)), (vec!["d"], vec!["c"]));
         assert_eq!((plan.remove.as_slice(), names(&plan.moved)), (["a".to_owned()].as_slice(), vec!["b"]));
         assert_eq!(plan.change[0].path, PathBuf::from("/other"));
@@ -133,13 +147,13 @@ mod tests {
 
     #[test]
     fn zero_exports_is_normal() {
-        assert!(plan(&[], &loaded(&[], &[], &[]), Scope::All).is_empty());
-        assert_eq!(plan(&[export("a", "/a", "1")], &loaded(&[], &[], &[]), Scope::All).remove, ["a"]);
+        assert!(plan(&[], &loaded(&[], &[], &[]), &Scope::All).is_empty());
+        assert_eq!(plan(&[export("a", "/a", "1")], &loaded(&[], &[], &[]), &Scope::All).remove, ["a"]);
     }
 
     #[test]
     fn an_export_that_moves_to_another_file_is_kept() {
-        let plan = plan(&[export("a", "/a", "1")], &loaded(&[export("a", "/a", "2")], &[], &[]), Scope::All);
+        let plan = plan(&[export("a", "/a", "1")], &loaded(&[export("a", "/a", "2")], &[], &[]), &Scope::All);
         assert!(plan.is_empty());
         assert_eq!(plan.applied[0].source.file, PathBuf::from("2"), "from now on file 2 answers for it");
         assert_eq!(plan.moved, plan.applied);
@@ -148,7 +162,7 @@ mod tests {
     #[test]
     fn a_failed_file_keeps_its_exports_and_the_others_take_effect() {
         let before = [export("a", "/a", "bad"), export("b", "/b", "good"), export("c", "/c", "good")];
-        let plan = plan(&before, &loaded(&[export("b", "/new", "good")], &["bad"], &[]), Scope::All);
+        let plan = plan(&before, &loaded(&[export("b", "/new", "good")], &["bad"], &[]), &Scope::All);
         assert_eq!((names(&plan.applied), names(&plan.change)), (vec!["a", "b"], vec!["b"]));
         assert_eq!(plan.remove, ["c"]);
     }
@@ -156,14 +170,14 @@ mod tests {
     #[test]
     fn a_contested_name_stays_what_it_was() {
         let before = [export("x", "/x", "1")];
-        assert_eq!(names(&plan(&before, &loaded(&[], &[], &["x"]), Scope::All).applied), ["x"]);
-        assert!(plan(&[], &loaded(&[], &[], &["x"]), Scope::All).applied.is_empty(), "no former state: not served");
+        assert_eq!(names(&plan(&before, &loaded(&[], &[], &["x"]), &Scope::All).applied), ["x"]);
+        assert!(plan(&[], &loaded(&[], &[], &["x"]), &Scope::All).applied.is_empty(), "no former state: not served");
     }
 
     #[test]
     fn a_name_held_by_a_failed_file_is_not_taken_over() {
         let before = [export("x", "/x", "bad")];
-        let plan = plan(&before, &loaded(&[export("x", "/other", "new")], &["bad"], &[]), Scope::All);
+        let plan = plan(&before, &loaded(&[export("x", "/other", "new")], &["bad"], &[]), &Scope::All);
         assert_eq!(plan.applied[0].path, PathBuf::from("/x"));
         let text = plan.problems[0].to_string();
         assert!(text.starts_with("new:1: error: [x]") && text.contains("bad"), "{text}");
@@ -173,7 +187,7 @@ mod tests {
     fn a_bad_base_file_changes_nothing() {
         let before = [export("a", "/a", "1")];
         let broken = Loaded { server: None, exports: vec![export("b", "/b", "2")], ..Loaded::default() };
-        let plan = plan(&before, &broken, Scope::All);
+        let plan = plan(&before, &broken, &Scope::All);
         assert!(plan.is_empty());
         assert_eq!(plan.applied, before);
     }
@@ -182,7 +196,7 @@ mod tests {
     fn a_client_that_misses_an_export_can_only_bring_in_new_ones() {
         let before = [export("a", "/a", "1"), export("b", "/b", "1")];
         let now = [export("b", "/other", "1"), export("c", "/c", "1")];
-        let plan = plan(&before, &loaded(&now, &[], &[]), Scope::Additions);
+        let plan = plan(&before, &loaded(&now, &[], &[]), &Scope::Additions);
         assert_eq!((names(&plan.add), plan.change.len(), plan.remove.len()), (vec!["c"], 0, 0));
         assert_eq!(names(&plan.applied), ["a", "b", "c"]);
         assert_eq!(plan.applied[1].path, PathBuf::from("/b"));
@@ -212,10 +226,10 @@ mod tests {
         #[test]
         fn the_plan_carried_out_on_the_old_exports_gives_the_new_ones(before in some_exports(), now in some_exports()) {
             let loaded = loaded(&now, &[], &[]);
-            let first = plan(&before, &loaded, Scope::All);
+            let first = plan(&before, &loaded, &Scope::All);
             prop_assert_eq!(carried_out(&before, &first), now.clone());
             prop_assert_eq!(&first.applied, &now);
-            prop_assert!(plan(&first.applied, &loaded, Scope::All).is_empty());
+            prop_assert!(plan(&first.applied, &loaded, &Scope::All).is_empty());
         }
 
         #[test]
@@ -224,7 +238,7 @@ mod tests {
             // a failed file contributes nothing to a load
             let now: Vec<_> = now.iter().filter(|e| !is_failed(e)).cloned().collect();
             let loaded = loaded(&now, &[&failed], &[]);
-            for scope in [Scope::All, Scope::Additions] {
+            for scope in [&Scope::All, &Scope::Additions] {
                 let first = plan(&before, &loaded, scope);
                 let after = carried_out(&before, &first);
                 prop_assert_eq!(&after, &first.applied);

@@ -7,7 +7,7 @@
 use crate::export::client_keys::{ClientKeys, CopyOnWrite};
 use crate::export::config::{self, ExportConfig, Role};
 use crate::export::image_keys::{DetectZeroes, ImageKeys};
-use crate::export::problem::{Severity, printable};
+use crate::export::problem::{Problem, Severity, printable};
 use crate::qcow2::compress::Compression;
 use std::fmt::Write;
 use std::path::Path;
@@ -29,6 +29,35 @@ pub fn serialize(config: &ExportConfig) -> Result<String, Unwritable> {
     let text = group(config).map_err(unwritable)?;
     read_back(&text, config).map_err(unwritable)?;
     Ok(text)
+}
+
+/// The export that a group of this name with these keys would define. `Err`: what stands against it, a line each; a key
+/// that would be ignored does, too.
+pub fn from_keys(name: &str, keys: &[(String, String)]) -> Result<ExportConfig, Vec<String>> {
+    let mut group = Lines::new(name);
+    let is_key = |key: &str| !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    for (key, value) in keys {
+        if !is_key(key) {
+            let key = printable(key.as_bytes());
+            return Err(vec![format!("{key}: this is no key of an export; see cowgate.conf(5) for those there are")]);
+        }
+        group.text(key, value);
+    }
+    let parsed = config::parse(group.text.as_bytes(), Path::new("/"), Role::Included);
+    // a name that ends its header early makes other groups of it, or none
+    let another =
+        || format!("{}: a configuration file cannot hold this name; choose another", printable(name.as_bytes()));
+    if !matches!(&parsed.defined[..], [(defined, _)] if defined == name) {
+        return Err(vec![another()]);
+    }
+    if !parsed.problems.is_empty() {
+        let line = |p: &Problem| match (&p.key, &p.value) {
+            (Some(key), Some(value)) => format!("{key} = {value}: {}; {}", p.what, p.remedy),
+            _ => format!("{}; {}", p.what, p.remedy),
+        };
+        return Err(parsed.problems.iter().map(line).collect());
+    }
+    parsed.exports.first().map(|export| (**export).clone()).ok_or_else(|| vec![another()])
 }
 
 fn group(config: &ExportConfig) -> Result<String, String> {
@@ -201,6 +230,24 @@ mod tests {
     #[test]
     fn defaults_are_left_out() {
         assert_eq!(serialize(&export("a", "/a")).as_deref(), Ok("[a]\nexportname = /a\nformat = raw\n"));
+    }
+
+    #[test]
+    fn from_keys_that_somebody_names() {
+        let made = |name: &str, keys: &[(&str, &str)]| {
+            let keys: Vec<_> = keys.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            from_keys(name, &keys)
+        };
+        let found = made("a b", &[("exportname", " /x\\y\n "), ("maxconnections", "3")]).expect("an export");
+        assert_eq!((found.path.to_str(), found.max_connections), (Some(" /x\\y\n "), Some(3)));
+        for name in ["a]\n[b", "a]", "[", "", "a\nexportname=/etc/passwd", "\0", "a\u{1b}[2J", "generic"] {
+            assert!(made(name, &[("exportname", "/x")]).is_err(), "{name:?}");
+        }
+        for key in ["", "a b", "a\nb", "]", "[x", "no_such_key", "exportname]"] {
+            assert!(made("a", &[("exportname", "/x"), (key, "1")]).is_err(), "{key:?}");
+        }
+        let problems = made("a", &[("exportname", "/x"), ("readonly", "perhaps"), ("format", "vhd")]);
+        assert_eq!(problems.map_err(|p| p.len()), Err(2), "all of them");
     }
 
     #[test]

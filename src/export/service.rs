@@ -11,7 +11,7 @@ use super::storage::Storage;
 use super::usage::{Connection, Totals};
 use super::{locked, write};
 use crate::block::{BlockDev, Completion, Errno, Geometry, Op, Request};
-use crate::image::{self, Device, FileId, Image};
+use crate::image::{self, Device, FileId, Gate, Image};
 use crate::ring::Peer;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, Weak};
@@ -195,6 +195,11 @@ impl Export {
     /// Why the last client that asked was not served; `None` when it was.
     pub fn failure(&self) -> Option<Failure> {
         locked(&self.failure).clone()
+    }
+
+    /// What its image may name.
+    pub(super) fn gate(&self) -> &Gate {
+        self.shared.images.gate()
     }
 
     pub(super) fn history(&self) -> Arc<Mutex<Totals>> {

@@ -96,6 +96,19 @@ pub struct Opener {
     len: u64,
 }
 
+/// One file of a chain that is not open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainLayer {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Storage in bytes that its files occupy.
+    pub allocated_bytes: u64,
+}
+
 /// A QCOW2 layer's header and what was read along with it.
 pub(super) struct Parsed {
     pub header: Header,
@@ -230,6 +243,46 @@ impl Opener {
         }
         layers.reverse();
         Ok(Image::new(layers, id, not_writable))
+    }
+
+    /// The chain that begins with this file, as the headers have it; nothing is locked. What cannot be followed ends it,
+    /// and is the error beside the layers up to there.
+    pub async fn chain(self, format: Format, gate: &Gate) -> (Vec<ChainLayer>, Option<Error>) {
+        let exported = self.real.clone();
+        let (mut found, mut layers) = (Vec::new(), Vec::new());
+        let mut next = Some((self, format));
+        while let Some((opener, format)) = next.take() {
+            let mut layer = ChainLayer { path: opener.path.clone(), format, size: opener.len, allocated_bytes: 0 };
+            let below = opener.chain_layer(&mut layer).await;
+            let below = below.and_then(|header| {
+                let data = header.as_ref().map_or(Ok(None), |h| data_file(&opener.path, h, &exported, gate))?;
+                if let Some(data) = data {
+                    layer.allocated_bytes += data.allocated_bytes()?;
+                }
+                header.map_or(Ok(None), |header| backing(&opener.path, &header))
+            });
+            layers.push(layer);
+            found.push((opener, None));
+            match below.and_then(|b| b.map(|(name, f)| Ok((follow(&found, &exported, &name, gate)?, f))).transpose()) {
+                Ok(below) => next = below,
+                Err(e) => return (layers, Some(e)),
+            }
+        }
+        (layers, None)
+    }
+
+    async fn chain_layer(&self, layer: &mut ChainLayer) -> Result<Option<Header>, Error> {
+        layer.allocated_bytes = self.allocated_bytes()?;
+        if layer.format == Format::Raw {
+            return Ok(None);
+        }
+        let header = self.parse_header().await?;
+        layer.size = header.size;
+        Ok(Some(header))
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, Error> {
+        Ok(self.file.metadata().map_err(Error::io(&self.path, "examine it"))?.blocks() * 512)
     }
 
     /// The file's format: as declared, else QCOW2 when it begins like one. That guess is for commands that a user runs
@@ -431,31 +484,39 @@ fn cache_share(limit: Option<u64>, layers: u64) -> u64 {
 fn data_files(found: &[(Opener, Option<Parsed>)], exported: &Path, gate: &Gate) -> Result<Vec<Option<Opener>>, Error> {
     let mut files: Vec<Option<Opener>> = Vec::with_capacity(found.len());
     for (opener, parsed) in found {
-        let Some(header) = parsed.as_ref().map(|p| &p.header).filter(|h| h.layout.data_file) else {
+        let path = &opener.path;
+        let named = parsed.as_ref().map_or(Ok(None), |parsed| data_file(path, &parsed.header, exported, gate))?;
+        let Some(data) = named else {
             files.push(None);
             continue;
         };
-        let path = &opener.path;
-        let Some(name) = &header.data_file else {
-            let why =
-                "it has an external data file and does not name it; name it with `qemu-img amend -o data_file=FILE`";
-            return Err(Error::Broken { path: path.clone(), why: why.to_owned() });
-        };
-        let text = String::from_utf8_lossy(name).into_owned();
-        let refuse = |why: String| Error::DataFile { path: path.clone(), data_file: text.clone(), why };
-        let name = relative(path, name).map_err(refuse)?;
-        let data = Opener::new(&name)?;
-        if !gate.admits(exported, &data.real) {
-            return Err(refuse(gate.refusal(exported, &data.real)));
-        }
         let taken = files.iter().flatten().chain(found.iter().map(|(opener, _)| opener));
         if taken.into_iter().any(|other| other.id == data.id) {
-            return Err(refuse("the same file is used twice in this chain".to_owned()));
+            let why = "the same file is used twice in this chain".to_owned();
+            return Err(Error::DataFile { path: path.clone(), data_file: data.path.display().to_string(), why });
         }
         lock::share(&data.file).map_err(|refused| locked(&data.path, refused))?;
         files.push(Some(data));
     }
     Ok(files)
+}
+
+/// The external data file that a header names, opened behind the gate.
+fn data_file(path: &Path, header: &Header, exported: &Path, gate: &Gate) -> Result<Option<Opener>, Error> {
+    if !header.layout.data_file {
+        return Ok(None);
+    }
+    let Some(name) = &header.data_file else {
+        let why = "it has an external data file and does not name it; name it with `qemu-img amend -o data_file=FILE`";
+        return Err(Error::Broken { path: path.to_owned(), why: why.to_owned() });
+    };
+    let text = String::from_utf8_lossy(name).into_owned();
+    let refuse = |why: String| Error::DataFile { path: path.to_owned(), data_file: text.clone(), why };
+    let data = Opener::new(&relative(path, name).map_err(refuse)?)?;
+    match gate.admits(exported, &data.real) {
+        true => Ok(Some(data)),
+        false => Err(refuse(gate.refusal(exported, &data.real))),
+    }
 }
 
 async fn parse(file: &ring::File, path: &Path, file_len: u64) -> Result<Parsed, Error> {

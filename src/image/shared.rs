@@ -124,6 +124,17 @@ impl Layer {
         }
     }
 
+    /// Size in bytes of the disk that this layer and those below it make.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Storage in bytes that its files occupy, now.
+    pub fn allocated_bytes(&self) -> std::io::Result<u64> {
+        let data = self.data.as_ref().map(|data| &data.storage);
+        std::iter::once(&self.storage).chain(data).map(Storage::allocated_bytes).sum()
+    }
+
     pub(super) fn metadata(&self) -> Option<MutexGuard<'_, Metadata>> {
         match &self.content {
             Content::Raw => None,
@@ -211,6 +222,13 @@ impl Storage {
         match self {
             Storage::Memory(disk) => Ok(disk.len()),
             Storage::File { file, .. } => (&*file).seek(SeekFrom::End(0)),
+        }
+    }
+
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        match self {
+            Storage::Memory(disk) => Ok(disk.len()),
+            Storage::File { file, .. } => Ok(file.metadata()?.blocks() * 512),
         }
     }
 
@@ -400,6 +418,11 @@ impl Image {
                 }
             }
         }
+    }
+
+    /// Whether the file's write lock is held: while there are writers, and until the last one's data is flushed.
+    pub fn locked_for_writing(&self) -> bool {
+        unpoisoned(&self.writers).locked
     }
 
     /// Ends writing to the image because a layer is corrupt; the first report is logged.

@@ -1,5 +1,7 @@
 //! Frontends: they turn a client's wire into `Request`s for `Export::submit`, and completions into its replies.
 //!
+//! - [`control`]: HTTP and JSON for whoever runs the daemon
 //! - [`nbd`]: NBD over TCP and Unix sockets
 
+pub mod control;
 pub mod nbd;

@@ -77,7 +77,7 @@ impl Setup {
         let dir = self.dir().display();
         let text = format!(
             "[generic]\nlistenaddr = 127.0.0.1\nport = {}\nunixsock = {dir}/nbd.sock\nduallisten = true\n\
-             allowlist = true\nincludedir = {dir}/conf.d\n{}",
+             allowlist = true\nincludedir = {dir}/conf.d\ncontrolsock = {dir}/control.sock\n{}",
             self.port, self.generic
         );
         fs::write(&base, text).unwrap();
@@ -141,6 +141,11 @@ impl Daemon {
     /// Path of its Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.dir().join("nbd.sock")
+    }
+
+    /// Path of its control socket.
+    pub fn control(&self) -> PathBuf {
+        self.dir().join("control.sock")
     }
 
     /// URI of an export over the Unix socket.

@@ -4,20 +4,17 @@
 //! [`Listeners::serve`] hands each client to a worker and ends when, after shutdown, the last client has gone.
 
 use super::conn::{self, Context};
+use crate::ring::unix_listener::{self, SocketFile, UnixBindError};
 use crate::ring::{self, StdStream, Stream, Workers};
 use futures_util::future::join_all;
-use nix::fcntl::AtFlags;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, listen, setsockopt, socket,
-    sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
-use nix::unistd::{Gid, Uid, fchownat};
-use std::fs;
+use nix::unistd::{Gid, Uid};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -54,20 +51,9 @@ pub enum BindError {
         /// Why.
         source: io::Error,
     },
-    /// Something is at the path that must not be removed.
-    #[error("cannot listen on {}: it exists and is not a socket; choose another path or remove it", .0.display())]
-    NotASocket(PathBuf),
-    /// Another process answers there.
-    #[error("cannot listen on {}: another server is listening there", .0.display())]
-    InUse(PathBuf),
     /// Unix socket.
-    #[error("cannot listen on {}: {source}", .path.display())]
-    Unix {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Unix(#[from] UnixBindError),
 }
 
 /// Bound sockets.
@@ -88,7 +74,10 @@ impl Listeners {
             match address {
                 Address::Any(port) => bind_any(*port, &mut sockets)?,
                 Address::Tcp(address) => sockets.push(Listening::Tcp(bind_tcp(*address)?)),
-                Address::Unix(path) => sockets.push(bind_unix(path)?),
+                Address::Unix(path) => {
+                    let (listener, file) = unix_listener::bind(path, None)?;
+                    sockets.push(Listening::Unix { listener, file });
+                }
             }
         }
         Ok(Listeners { sockets })
@@ -108,7 +97,7 @@ impl Listeners {
     pub fn give_to(&self, user: Option<Uid>, group: Gid) -> Result<(), BindError> {
         for socket in &self.sockets {
             if let Listening::Unix { file, .. } = socket {
-                file.give_to(user, group).map_err(|source| BindError::Unix { path: file.path.clone(), source })?;
+                file.give_to(user, group)?;
             }
         }
         Ok(())
@@ -265,79 +254,6 @@ fn listening_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(fd.into())
 }
 
-fn bind_unix(path: &Path) -> Result<Listening, BindError> {
-    let fault = |source: io::Error| BindError::Unix { path: path.into(), source };
-    remove_stale(path)?;
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
-        .map_err(|e| fault(e.into()))?;
-    let address = UnixAddr::new(path).map_err(|e| fault(e.into()))?;
-    bind(fd.as_raw_fd(), &address).map_err(|e| fault(e.into()))?;
-    let file = SocketFile::at(path).map_err(fault)?;
-    let backlog = Backlog::new(BACKLOG).map_err(|e| fault(e.into()))?;
-    listen(&fd, backlog).map_err(|e| fault(e.into()))?;
-    Ok(Listening::Unix { listener: UnixListener::from_std(fd.into()).map_err(fault)?, file })
-}
-
-/// Removes the socket file of a server that is no more. Nothing else is ever removed.
-fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let fault = |source: io::Error| BindError::Unix { path: path.into(), source };
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(fault(e)),
-        Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket(path.into())),
-        Ok(_) => {}
-    }
-    match knock(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fault),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(fault(e)),
-        // Connected, or its backlog is full.
-        _ => Err(BindError::InUse(path.into())),
-    }
-}
-
-fn knock(path: &Path) -> io::Result<()> {
-    let fd: OwnedFd =
-        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
-    Ok(connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?)
-}
-
-/// The file of our Unix socket. Dropping it removes the file, if it is still ours.
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn at(path: &Path) -> io::Result<Self> {
-        Ok(SocketFile { path: path.into(), identity: identity(path)? })
-    }
-
-    /// The directory may be somebody else's, who may have put another file there: only our socket is given away.
-    fn give_to(&self, user: Option<Uid>, group: Gid) -> io::Result<()> {
-        let flags = libc::O_PATH | libc::O_NOFOLLOW;
-        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(&self.path)?;
-        let found = file.metadata()?;
-        if (found.dev(), found.ino()) != self.identity || !found.file_type().is_socket() {
-            return Err(io::Error::other("another file has taken its place"));
-        }
-        Ok(fchownat(&file, "", user, Some(group), AtFlags::AT_EMPTY_PATH)?)
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            // A file that stays behind is recognised as stale by the next server.
-            drop(fs::remove_file(&self.path));
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,49 +272,5 @@ mod tests {
         assert!(first != 0 && addresses.iter().all(|a| a.port() == first));
         let taken = bind(&[Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), first))]);
         assert!(matches!(taken, Err(BindError::Tcp { .. })));
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_ours_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("nbd.sock");
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists(), "std leaves the file behind");
-        let listeners = bind(&[Address::Unix(path.clone())]).unwrap();
-        assert!(matches!(bind(&[Address::Unix(path.clone())]), Err(BindError::InUse(_))));
-        drop(listeners);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn what_is_not_a_socket_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("precious");
-        fs::write(&path, "data").unwrap();
-        assert!(matches!(bind(&[Address::Unix(path.clone())]), Err(BindError::NotASocket(_))));
-        assert_eq!(fs::read(&path).unwrap(), b"data");
-        let missing = dir.path().join("no/such/dir");
-        assert!(matches!(bind(&[Address::Unix(missing)]), Err(BindError::Unix { .. })));
-    }
-
-    #[test]
-    fn a_socket_that_replaced_ours_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("nbd.sock");
-        let listeners = bind(&[Address::Unix(path.clone())]).unwrap();
-        fs::remove_file(&path).unwrap();
-        let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        drop(listeners);
-        assert!(path.exists());
-        drop(other);
-    }
-
-    #[test]
-    fn clients_are_counted() {
-        let connections = Arc::new(Connections::default());
-        let all: Vec<_> = (0..MAX_CONNECTIONS).map(|_| Connections::enter(&connections).unwrap()).collect();
-        assert!(Connections::enter(&connections).is_none());
-        drop(all);
-        assert!(Connections::enter(&connections).is_some());
     }
 }
