@@ -4,11 +4,16 @@
 
 mod check_config;
 mod completions;
+mod control;
+mod export;
 mod image;
 mod name;
 mod progress;
+mod reload;
 mod serve;
 mod size;
+mod status;
+mod table;
 
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
@@ -27,6 +32,13 @@ enum Command {
     CheckConfig(check_config::Args),
     /// Print the script that completes this command line in a shell
     Completions(completions::Args),
+    /// Add, remove and show exports of the running daemon
+    #[command(subcommand)]
+    Export(export::Command),
+    /// Have the running daemon read its configuration again
+    Reload(reload::Args),
+    /// Show what the running daemon and its clients are doing
+    Status(status::Args),
     /// Serve the exports of a configuration file until SIGTERM
     Serve(serve::Args),
     /// Make and describe image files
@@ -41,6 +53,9 @@ pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::CheckConfig(args) => check_config::run(&args),
         Command::Completions(args) => completions::run(&args),
+        Command::Export(command) => export::run(&command),
+        Command::Reload(args) => reload::run(&args),
+        Command::Status(args) => status::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Image(command) => image::run(&command),
         Command::Name(args) => name::run(&args),

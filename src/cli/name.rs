@@ -11,11 +11,24 @@ use std::time::SystemTime;
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).args(["vm_context", "migration", "parse"]))]
 pub(super) struct Args {
+    #[command(flatten)]
+    parts: NameParts,
+    /// Print the parts of this name
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["disk", "kind", "time"])]
+    parse: Option<String>,
+    /// Print the name and its parts as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The parts of which a name is made.
+#[derive(Debug, clap::Args)]
+pub(super) struct NameParts {
     /// Name a backup of the machine with this context: ASCII letters, digits, `-`, `_` and `.`
     #[arg(long, value_name = "ID", requires_all = ["disk", "kind"])]
     vm_context: Option<String>,
     /// Name the target of a disk that moves, of the machine with this UUID
-    #[arg(long, value_name = "UUID", requires = "disk", conflicts_with_all = ["kind", "time"])]
+    #[arg(long, value_name = "UUID", requires = "disk", conflicts_with_all = ["vm_context", "kind", "time"])]
     migration: Option<String>,
     /// The disk's number, from 0 to 999
     #[arg(long, value_name = "N")]
@@ -26,18 +39,32 @@ pub(super) struct Args {
     /// When it is made: YYYYMMDDTHHMMSS in UTC, as in RFC 3339, or @SECONDS since 1970 [default: now]
     #[arg(long, value_name = "TIME")]
     time: Option<Time>,
-    /// Print the parts of this name
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["disk", "kind", "time"])]
-    parse: Option<String>,
-    /// Print the name and its parts as JSON
-    #[arg(long)]
-    json: bool,
 }
 
 /// A closed list, so that shells can complete it.
 fn kinds() -> impl TypedValueParser<Value = BackupKind> {
     PossibleValuesParser::new([BackupKind::Full, BackupKind::Incr].map(BackupKind::word))
         .try_map(|word| word.parse::<BackupKind>())
+}
+
+impl NameParts {
+    /// The name that they make; `None`: no parts are given.
+    pub(super) fn name(&self) -> Result<Option<Name>, String> {
+        let made = match self {
+            NameParts { migration: Some(vm), disk: Some(disk), .. } => Migration::new(vm, *disk).map(Name::Migration),
+            NameParts { vm_context: Some(context), disk: Some(disk), kind: Some(kind), time, .. } => {
+                let time = time.map_or_else(now, Ok)?;
+                Backup::new(context, *disk, *kind, time).map(Name::Backup)
+            }
+            NameParts { vm_context: None, migration: None, disk: None, kind: None, time: None } => return Ok(None),
+            _ => {
+                return Err(
+                    "--disk, --type and --time are parts of a name: give --vm-context or --migration".to_owned()
+                );
+            }
+        };
+        made.map(Some).map_err(|e: NameError| e.to_string())
+    }
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
@@ -52,16 +79,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
 }
 
 fn name(args: &Args) -> Result<Name, String> {
-    let named = match args {
-        Args { parse: Some(text), .. } => text.parse(),
-        Args { migration: Some(vm), disk: Some(disk), .. } => Migration::new(vm, *disk).map(Name::Migration),
-        Args { vm_context: Some(context), disk: Some(disk), kind: Some(kind), time, .. } => {
-            let time = time.map_or_else(now, Ok)?;
-            Backup::new(context, *disk, *kind, time).map(Name::Backup)
-        }
-        _ => return Err("give --vm-context, --migration or --parse".to_owned()),
-    };
-    named.map_err(|e: NameError| e.to_string())
+    match &args.parse {
+        Some(text) => text.parse().map_err(|e: NameError| e.to_string()),
+        None => args.parts.name()?.ok_or_else(|| "give --vm-context, --migration or --parse".to_owned()),
+    }
 }
 
 fn now() -> Result<Time, String> {

@@ -187,9 +187,9 @@ impl Export {
         totals
     }
 
-    /// The image, if a client has it open; of a `multifile` export the first part.
-    pub fn image(&self) -> Option<Arc<Image>> {
-        locked(&self.images).first()?.upgrade()
+    /// Its images, in order, if a client has them open: of a `multifile` export one for each part.
+    pub fn images(&self) -> Vec<Arc<Image>> {
+        locked(&self.images).iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Why the last client that asked was not served; `None` when it was.

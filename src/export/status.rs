@@ -3,10 +3,14 @@
 //! Promises: taking a snapshot locks nothing for longer than a copy takes, and an image that cannot be examined is a
 //! field of the answer, not a failure. [`ExportStatus::examine`] reads files, so it belongs on a thread that may block.
 
+use crate::export::config::ExportConfig;
 use crate::export::registry::Registry;
 use crate::export::service::Export;
+use crate::export::storage::existing_paths;
 use crate::export::usage::{Connection, Count, Totals};
-use crate::image::Opener;
+use crate::image::device::{exported_size, total};
+use crate::image::open::ChainLayer;
+use crate::image::{Layer, Opener};
 use crate::ring;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -44,7 +48,8 @@ pub struct ExportStatus {
     /// Storage in bytes that the image file and its data file occupy, without the layers below. Known as the size is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocated_bytes: Option<u64>,
-    /// The image's files, the exported one first. Known as the size is.
+    /// The image's files, the exported one first; of a `multifile` export the files of one part after those of another.
+    /// Known as the size is.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub chain: Vec<LayerStatus>,
     /// Why the image cannot be examined; what could be found out is there all the same.
@@ -206,7 +211,7 @@ pub fn snapshots(registry: &Registry, name: Option<&str>) -> Vec<Snapshot> {
 fn status(export: &Arc<Export>, (file, line): (&Path, u32), draining: bool) -> ExportStatus {
     let config = export.config();
     let failure = export.failure().map(|f| FailureStatus { reason: f.reason, at: rfc3339(f.at) });
-    let image = export.image();
+    let images = export.images();
     let state = match (&failure, draining) {
         (_, true) => State::Draining,
         (Some(_), false) => State::Failed,
@@ -222,15 +227,15 @@ fn status(export: &Arc<Export>, (file, line): (&Path, u32), draining: bool) -> E
         mode: if config.read_only { Mode::Ro } else { Mode::Rw },
         file: lossy(file),
         line,
-        open: image.is_some(),
-        size_bytes: image.as_ref().map(|image| image.size()),
+        open: !images.is_empty(),
+        size_bytes: None,
         allocated_bytes: None,
         chain: Vec::new(),
         image_error: None,
-        lock: match &image {
-            None => Lock::None,
-            Some(image) if image.locked_for_writing() => Lock::Write,
-            Some(_) => Lock::Shared,
+        lock: match () {
+            () if images.is_empty() => Lock::None,
+            () if images.iter().any(|image| image.locked_for_writing()) => Lock::Write,
+            () => Lock::Shared,
         },
         clients: export.connections().iter().map(|c| ClientStatus::from(&**c)).collect(),
         totals: export.totals().into(),
@@ -263,41 +268,62 @@ pub fn examine(snapshots: Vec<Snapshot>, closed: bool) -> Vec<ExportStatus> {
 impl Snapshot {
     fn with_open_image(self) -> ExportStatus {
         let mut status = self.status;
-        let Some(image) = self.export.image() else { return status };
-        let layer = |layer: &Arc<crate::image::Layer>| LayerStatus {
+        let images = self.export.images();
+        let layer = |layer: &Arc<Layer>| LayerStatus {
             path: lossy(layer.path()),
             format: layer.format().to_string(),
             size_bytes: layer.size(),
             allocated_bytes: layer.allocated_bytes().ok(),
         };
-        status.size_bytes = Some(image.size());
-        status.chain = image.layers().iter().map(layer).collect();
-        status.allocated_bytes = status.chain.first().and_then(|layer| layer.allocated_bytes);
+        let parts = images.iter().map(|image| image.layers().iter().map(layer).collect());
+        status.take(self.export.config(), parts.collect());
         status
     }
 
     async fn with_file(self) -> ExportStatus {
         let mut status = self.status;
         let config = self.export.config();
-        let opener = match Opener::new(&config.path) {
-            Ok(opener) => opener,
-            Err(e) => {
-                status.image_error = Some(e.to_string());
-                return status;
-            }
-        };
-        let (layers, error) = opener.chain(config.format, self.export.gate()).await;
-        let layer = |layer: &crate::image::open::ChainLayer| LayerStatus {
+        let layer = |layer: &ChainLayer| LayerStatus {
             path: lossy(&layer.path),
             format: layer.format.to_string(),
             size_bytes: layer.size,
             allocated_bytes: Some(layer.allocated_bytes),
         };
-        status.chain = layers.iter().map(layer).collect();
-        status.image_error = error.map(|e| e.to_string());
-        status.allocated_bytes = status.chain.first().and_then(|layer| layer.allocated_bytes);
-        status.size_bytes = status.chain.first().map(|layer| layer.size_bytes);
+        let mut error = None;
+        let mut parts = Vec::new();
+        let paths = existing_paths(config).unwrap_or_else(|e| {
+            error = Some(e);
+            Vec::new()
+        });
+        for path in paths {
+            match Opener::new(&path) {
+                Ok(opener) => {
+                    let (layers, broken) = opener.chain(config.format, self.export.gate()).await;
+                    parts.push(layers.iter().map(layer).collect());
+                    error = error.or(broken);
+                }
+                Err(e) => error = error.or(Some(e)),
+            }
+        }
+        status.take(config, parts);
+        status.image_error = error.map(|e| e.to_string()).or(status.image_error);
         status
+    }
+}
+
+impl ExportStatus {
+    /// Takes over the chain of each part of the image.
+    fn take(&mut self, config: &ExportConfig, parts: Vec<Vec<LayerStatus>>) {
+        let tops: Vec<&LayerStatus> = parts.iter().filter_map(|layers| layers.first()).collect();
+        if tops.is_empty() {
+            return;
+        }
+        self.allocated_bytes = tops.iter().map(|top| top.allocated_bytes).sum();
+        match exported_size(&config.path, total(tops.iter().map(|top| top.size_bytes)), config.client.file_size) {
+            Ok(size) => self.size_bytes = Some(size),
+            Err(e) => self.image_error = Some(e.to_string()),
+        }
+        self.chain = parts.into_iter().flatten().collect();
     }
 }
 

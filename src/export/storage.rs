@@ -232,7 +232,7 @@ fn exists(config: &ExportConfig) -> bool {
 }
 
 /// The files that are joined, or the one there is.
-fn existing_paths(config: &ExportConfig) -> Result<Vec<PathBuf>, image::Error> {
+pub(super) fn existing_paths(config: &ExportConfig) -> Result<Vec<PathBuf>, image::Error> {
     match config.client.multi_file {
         true => parts_of(&config.path),
         false => Ok(vec![config.path.clone()]),

@@ -190,8 +190,8 @@ async fn probe_here(export: &Arc<Export>) -> Probed {
 async fn attach(export: &Arc<Export>) -> Result<(u64, bool), AttachError> {
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     let client = export.attach(Peer::Unix { pid, uid: nix::unistd::geteuid().as_raw() }).await?;
-    let geometry = client.disk().geometry();
-    client.detach().await;
+    let geometry = client.device().geometry();
+    client.detach().await.run().await;
     Ok((geometry.size, !geometry.read_only))
 }
 

@@ -247,7 +247,7 @@ pub(super) fn problem(status: StatusCode, detail: impl Into<String>) -> Problem 
 pub(super) fn not_there(name: &str) -> Problem {
     let name = printable(name.as_bytes());
     Problem {
-        remedy: Some("GET /v1/exports lists those there are".to_owned()),
+        remedy: Some("`cowgate export list` shows those there are".to_owned()),
         ..problem(StatusCode::NOT_FOUND, format!("there is no export {name:?}"))
     }
 }
