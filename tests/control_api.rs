@@ -468,7 +468,7 @@ fn whatever_comes_over_the_socket_costs_nothing() {
 
     // clients that only stay are no hindrance, and go when others come
     let begun = Instant::now();
-    let idle: Vec<UnixStream> = (0..200).map(|_| UnixStream::connect(daemon.control()).unwrap()).collect();
+    let idle: Vec<UnixStream> = (0..400).map(|_| UnixStream::connect(daemon.control()).unwrap()).collect();
     let mut slow = UnixStream::connect(daemon.control()).unwrap();
     slow.write_all(b"POST /v1/exports HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{").unwrap();
     for _ in 0..20 {

@@ -125,6 +125,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
     {
         workers.stop();
     }
+    // a thread that examines an image on a file system that does not answer keeps nobody waiting
+    runtime.shutdown_background();
     served
 }
 

@@ -197,7 +197,11 @@ impl Reload {
         for name in &plan.remove {
             info!("configuration {generation}: {name:?} is removed with {}", file.display());
         }
-        let concerns = |p: &Problem| p.severity > Severity::Warning && (p.file == file || loaded.server.is_none());
+        // of a name that two files define, the later one is blamed, and names the other
+        let path = file.display().to_string();
+        let concerns = |p: &Problem| {
+            p.severity > Severity::Warning && (p.file == file || p.what.contains(&path) || loaded.server.is_none())
+        };
         let problems = loaded.problems.iter().chain(&plan.problems).filter(|p| concerns(p)).cloned().collect();
         (plan, problems)
     }

@@ -5,7 +5,7 @@
 
 use super::State;
 use super::routes::{Answer, Json, look_for, not_there, problem, stopping, view};
-use super::wire::{AddExport, AddOutcome, Added, Probed, Problem, RemoveParams, Removed};
+use super::wire::{AddExport, AddOutcome, Added, Probed, Problem, Removed};
 use crate::block::BlockDev;
 use crate::export::config::{ExportConfig, Source};
 use crate::export::problem::printable;
@@ -24,14 +24,15 @@ use tracing::warn;
 pub(super) async fn add(state: &State, wanted: &AddExport) -> Answer<Added> {
     let config = config(wanted)?;
     let _turn = state.changing.lock().await;
-    look_for(state, &config.name).await;
     let former = state.registry.entry(&config.name);
     if let Some(entry) = &former {
         let (file, line) = (&entry.source.file, entry.source.line);
-        if entry.export.config().same_service(&config) {
+        let same = entry.export.config().same_service(&config);
+        // a file that has gone is written again: the next reload would end the export
+        if same && file.exists() {
             return added(state, &config.name, AddOutcome::Unchanged, file).await;
         }
-        if !wanted.replace {
+        if !same && !wanted.replace {
             let name = printable(config.name.as_bytes());
             let detail = format!("{}:{line}: export {name:?} is defined otherwise", file.display());
             return Err(conflict(detail, file, "remove it first, or ask for it to be replaced"));
@@ -49,15 +50,12 @@ pub(super) async fn add(state: &State, wanted: &AddExport) -> Answer<Added> {
             format!("{}:{line} defines this export, and only {} could be replaced", other.display(), file.display());
         return Err(conflict(detail, other, "edit that file, or remove the export first"));
     }
-    let (name, replace) = (config.name.clone(), wanted.replace);
+    let (name, replace, to_write) = (config.name.clone(), wanted.replace, config.clone());
     let written =
-        in_background(move || store::add(&directory, &config, replace).map_err(|e| store_problem(&e))).await?;
+        in_background(move || store::add(&directory, &to_write, replace).map_err(|e| store_problem(&e))).await?;
     let applied = state.control.file(written.clone()).await.ok_or_else(stopping)?;
-    let is_served = state.registry.entry(&name).is_some_and(|entry| {
-        let before = former.as_ref().map(|former| &former.export);
-        entry.source.file == written && before.is_none_or(|before| !Arc::ptr_eq(before, &entry.export))
-    });
-    if is_served {
+    let now = state.registry.entry(&name);
+    if now.is_some_and(|now| now.source.file == written && now.export.config().same_service(&config)) {
         let outcome = if former.is_some() { AddOutcome::Replaced } else { AddOutcome::Created };
         return added(state, &name, outcome, &written).await;
     }
@@ -114,8 +112,7 @@ async fn added(state: &State, name: &str, outcome: AddOutcome, file: &Path) -> A
 }
 
 /// Removes an export's file and the export. One that only drains is as good as removed.
-pub(super) async fn remove(state: &State, name: &str, params: RemoveParams) -> Answer<Removed> {
-    let failed_before = state.registry.failed_flushes();
+pub(super) async fn remove(state: &State, name: &str, force: bool) -> Result<Removed, Problem> {
     let turn = state.changing.lock().await;
     look_for(state, name).await;
     let mut file = None;
@@ -139,20 +136,16 @@ pub(super) async fn remove(state: &State, name: &str, params: RemoveParams) -> A
     drop(turn);
     let draining = drains(state, name);
     let connections: Vec<_> = draining.iter().flat_map(|export| export.connections()).collect();
-    if params.force {
+    if force {
         connections.iter().for_each(|connection| connection.disconnect());
     }
-    if params.wait {
-        state.registry.drained(name).await;
-    }
-    let removed = Removed {
+    Ok(Removed {
         name: name.to_owned(),
         file,
         clients: connections.len(),
         drained: drains(state, name).is_empty(),
-        failed_flushes: state.registry.failed_flushes() - failed_before,
-    };
-    Ok((StatusCode::OK, Json(removed)))
+        failed_flushes: 0,
+    })
 }
 
 fn drains(state: &State, name: &str) -> Vec<Arc<Export>> {

@@ -26,8 +26,8 @@ use tokio::time::timeout;
 use tower_service::Service;
 use tracing::{debug, error, warn};
 
-/// Connections at a time.
-const MAX_CONNECTIONS: usize = 64;
+/// Connections at a time; as many may wait for exports to drain.
+const MAX_CONNECTIONS: usize = 256;
 /// How long a request's head may take to arrive, and a connection may stay without one.
 const HEAD_LIMIT: Duration = Duration::from_secs(15);
 /// How long a request's body may take to arrive.

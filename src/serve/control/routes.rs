@@ -8,7 +8,7 @@ use super::wire::{
 };
 use crate::export::control::Outcome;
 use crate::export::problem::printable;
-use crate::export::status::{self, Snapshot, rfc3339};
+use crate::export::status::{self, ExportStatus, rfc3339};
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -105,7 +105,7 @@ async fn list(
         false => None,
     };
     let (generation, _) = state.registry.generation();
-    let exports = examined(status::snapshots(&state.registry, None), details).await?;
+    let exports = examined(&state, None, details).await?;
     drop(turn);
     Ok((StatusCode::OK, Json(ExportList { generation, exports })))
 }
@@ -166,7 +166,16 @@ async fn remove(
     params: Result<Query<RemoveParams>, QueryRejection>,
 ) -> Answer<Removed> {
     let (name, params) = (named(name)?, query(params)?);
-    finish(tokio::spawn(async move { change::remove(&state, &name, params).await })).await
+    let failed_before = state.registry.failed_flushes();
+    let removing = (Arc::clone(&state), name.clone());
+    let removing = async move { change::remove(&removing.0, &removing.1, params.force).await };
+    let mut removed = finish(tokio::spawn(removing)).await?;
+    if params.wait {
+        state.registry.drained(&name).await;
+        removed.drained = true;
+    }
+    removed.failed_flushes = state.registry.failed_flushes() - failed_before;
+    Ok((StatusCode::OK, Json(removed)))
 }
 
 /// Tries whether a client could connect
@@ -201,7 +210,7 @@ async fn reload(axum::extract::State(state): Shared, body: Bytes) -> Answer<Outc
 
 /// All definitions of a name, examined.
 pub(super) async fn view(state: &State, name: &str) -> Result<Option<ExportView>, Problem> {
-    let mut all = examined(status::snapshots(&state.registry, Some(name)), true).await?;
+    let mut all = examined(state, Some(name.to_owned()), true).await?;
     let current = all.iter().position(|e| e.state != status::State::Draining).map(|at| all.remove(at));
     let is_there = current.is_some() || !all.is_empty();
     Ok(is_there.then_some(ExportView { current, draining: all }))
@@ -214,13 +223,16 @@ pub(super) async fn look_for(state: &State, name: &str) {
     }
 }
 
-async fn examined(snapshots: Vec<Snapshot>, closed: bool) -> Result<Vec<status::ExportStatus>, Problem> {
-    let examined = tokio::task::spawn_blocking(move || status::examine(snapshots, closed)).await;
-    examined.map_err(|e| problem(StatusCode::INTERNAL_SERVER_ERROR, format!("images cannot be examined: {e}")))
+/// On a thread that may block: there may be many exports, and their files may be far away.
+async fn examined(state: &State, name: Option<String>, closed: bool) -> Result<Vec<ExportStatus>, Problem> {
+    let registry = Arc::clone(&state.registry);
+    let examine = move || status::examine(status::snapshots(&registry, name.as_deref()), closed);
+    let failed = |e| problem(StatusCode::INTERNAL_SERVER_ERROR, format!("images cannot be examined: {e}"));
+    tokio::task::spawn_blocking(examine).await.map_err(failed)
 }
 
 /// The answer of a task that goes on when nobody waits for it.
-async fn finish<T>(task: tokio::task::JoinHandle<Answer<T>>) -> Answer<T> {
+async fn finish<T>(task: tokio::task::JoinHandle<Result<T, Problem>>) -> Result<T, Problem> {
     let failed = |e| problem(StatusCode::INTERNAL_SERVER_ERROR, format!("the request ended early: {e}"));
     task.await.unwrap_or_else(|e| Err(failed(e)))
 }
