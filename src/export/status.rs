@@ -365,7 +365,7 @@ mod tests {
         let source = || Source { file: "/x.conf".into(), line: 3 };
         let config = |name: &str, path: &Path| Arc::new(ExportConfig::new(name, path, source()));
         let add = vec![config("b", Path::new("/nowhere")), config("a", &image)];
-        let registry = Registry::new(None);
+        let registry = Registry::new(None, None);
         registry.apply(&Plan { add, ..Plan::default() }, 7);
         let plain = examine(snapshots(&registry, None), false);
         assert_eq!(

@@ -16,9 +16,13 @@ use crate::ring::{self, Peer};
 use axum::http::StatusCode;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tracing::warn;
+
+/// How long a probe waits for an image that is in use elsewhere.
+const PROBE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Adds an export, or finds that it is served just so.
 pub(super) async fn add(state: &State, wanted: &AddExport) -> Answer<Added> {
@@ -182,7 +186,14 @@ async fn probe_here(export: &Arc<Export>) -> Probed {
 
 async fn attach(export: &Arc<Export>) -> Result<(u64, bool), AttachError> {
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
-    let client = export.attach(Peer::Unix { pid, uid: nix::unistd::geteuid().as_raw() }).await?;
+    let peer = Peer::Unix { pid, uid: nix::unistd::geteuid().as_raw() };
+    // whoever is just letting go is waited for; `now` does not mean the end of a long locktimeout
+    let begun = Instant::now();
+    let pause = async |time: Duration| {
+        tokio::time::sleep(time.min(PROBE_PATIENCE)).await;
+        begun.elapsed() < PROBE_PATIENCE
+    };
+    let client = export.attach(peer, pause).await?;
     let geometry = client.device().geometry();
     client.detach().await.run().await;
     Ok((geometry.size, !geometry.read_only))
