@@ -9,7 +9,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -99,12 +99,16 @@ async fn serve(client: UnixStream, router: Router, place: Place) {
 /// Has the router answer a request once it is there as a whole.
 async fn answer(request: Request<Incoming>, mut router: Router) -> Response<Body> {
     let (head, body) = request.into_parts();
+    let too_large = || {
+        let why = format!("the body is larger than {MAX_BODY_BYTES} bytes");
+        closing(refusal(StatusCode::PAYLOAD_TOO_LARGE, &why))
+    };
+    if body.size_hint().lower() > MAX_BODY_BYTES as u64 {
+        return too_large();
+    }
     let body = match timeout(BODY_LIMIT, Limited::new(body, MAX_BODY_BYTES).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
-            let why = format!("the body is larger than {MAX_BODY_BYTES} bytes");
-            return closing(refusal(StatusCode::PAYLOAD_TOO_LARGE, &why));
-        }
+        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => return too_large(),
         Ok(Err(e)) => return closing(refusal(StatusCode::BAD_REQUEST, &format!("the body cannot be read: {e}"))),
         Err(_) => return closing(refusal(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive")),
     };
