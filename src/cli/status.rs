@@ -96,7 +96,7 @@ fn screen(text: &str) -> String {
         out += "\x1b[K\n";
     }
     if shown < lines.len() {
-        let _ = write!(out, "... {} more lines\x1b[K\n", lines.len() - shown); // writing to a string cannot fail
+        let _ = writeln!(out, "... {} more lines\x1b[K", lines.len() - shown); // writing to a string cannot fail
     }
     out + "\x1b[J"
 }

@@ -75,7 +75,7 @@ pub(super) async fn add(state: &State, wanted: &AddExport) -> Answer<Added> {
     }
     let detail =
         applied.problems.first().cloned().unwrap_or_else(|| "the file was changed meanwhile; try again".into());
-    let path = Some(written.display().to_string());
+    let path = Some(written.display().to_string().into());
     Err(Problem { path, problems: applied.problems, ..problem(StatusCode::CONFLICT, detail) })
 }
 
@@ -131,7 +131,7 @@ pub(super) async fn remove(state: &State, name: &str, force: bool) -> Result<Rem
             if state.registry.get(name).is_some_and(|now| Arc::ptr_eq(&now, &entry.export)) {
                 let why = applied.problems.first().cloned().unwrap_or_default();
                 let detail = format!("its file is removed, but the export is still served: {why}");
-                let path = Some(path.display().to_string());
+                let path = Some(path.display().to_string().into());
                 return Err(Problem { path, problems: applied.problems, ..problem(StatusCode::CONFLICT, detail) });
             }
             file = Some(path.display().to_string());
@@ -208,7 +208,7 @@ async fn in_background<T: Send + 'static>(
 }
 
 fn conflict(detail: String, path: &Path, remedy: &str) -> Problem {
-    let (path, remedy) = (Some(path.display().to_string()), Some(remedy.to_owned()));
+    let (path, remedy) = (Some(path.display().to_string().into()), Some(remedy.into()));
     Problem { path, remedy, ..problem(StatusCode::CONFLICT, detail) }
 }
 
@@ -220,5 +220,5 @@ fn store_problem(error: &StoreError) -> Problem {
         StoreError::Busy(file) => (StatusCode::SERVICE_UNAVAILABLE, Some(file)),
         StoreError::Io { path, .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some(path)),
     };
-    Problem { path: path.map(|p| p.display().to_string()), ..problem(status, error.to_string()) }
+    Problem { path: path.map(|p| p.display().to_string().into()), ..problem(status, error.to_string()) }
 }

@@ -259,7 +259,7 @@ pub(super) fn problem(status: StatusCode, detail: impl Into<String>) -> Problem 
 pub(super) fn not_there(name: &str) -> Problem {
     let name = printable(name.as_bytes());
     Problem {
-        remedy: Some("`cowgate export list` shows those there are".to_owned()),
+        remedy: Some("`cowgate export list` shows those there are".into()),
         ..problem(StatusCode::NOT_FOUND, format!("there is no export {name:?}"))
     }
 }

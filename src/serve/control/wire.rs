@@ -188,10 +188,12 @@ pub struct Problem {
     pub detail: String,
     /// The file it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub path: Option<Box<str>>,
     /// What to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub remedy: Option<Box<str>>,
     /// All that was found, when that is more than one thing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
