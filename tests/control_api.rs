@@ -261,7 +261,7 @@ fn what_clients_do_is_counted_and_kept() {
     assert_eq!(totals["write_zeroes"], json!({"requests": 1, "bytes": 65536}));
     assert_eq!((&totals["flush"]["requests"], &totals["last_io"]), (&json!(1), &json!(last)));
     let table = done(&daemon, &["status"]);
-    assert!(table.contains("NAME") && table.contains("disk") && table.contains("64 KiB"), "{table}");
+    assert!(table.contains("NAME") && table.contains("disk") && table.contains("128 KiB"), "{table}");
     let status: Value = serde_json::from_str(&done(&daemon, &["status", "--json"])).unwrap();
     assert_eq!((&status["daemon"]["status"], &status["exports"][0]["name"]), (&json!("ok"), &json!("disk")));
     let _dir = daemon.stop();
