@@ -33,6 +33,8 @@ pub(super) struct Control {
 pub(super) enum Failure {
     /// The daemon says why.
     Refused(Problem),
+    /// Nobody listens there.
+    Absent(String),
     /// It cannot be asked.
     Lost(String),
 }
@@ -40,7 +42,7 @@ pub(super) enum Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Lost(why) => f.write_str(&printable(why)),
+            Failure::Absent(why) | Failure::Lost(why) => f.write_str(&printable(why)),
             Failure::Refused(Problem { detail, remedy, problems, .. }) => {
                 f.write_str(&printable(detail))?;
                 if let Some(remedy) = remedy {
@@ -90,31 +92,42 @@ impl Control {
             Ok(body) => body,
             Err(e) => return Err(lost(e.to_string())),
         };
-        let (status, text) = runtime.block_on(self.exchange(method, path, body)).map_err(lost)?;
+        let socket = runtime.block_on(UnixStream::connect(&self.control)).map_err(|e| {
+            let why = format!("{}: {e}; {}", self.control.display(), remedy(&e));
+            match e.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Failure::Absent(why),
+                _ => Failure::Lost(why),
+            }
+        })?;
+        let (status, text) = runtime.block_on(exchange(socket, method, path, body)).map_err(lost)?;
         let strange = |e| lost(format!("the answer is not understood: {e}; is this another version's daemon?"));
         match status.is_success() {
             true => serde_json::from_slice(&text).map_err(strange),
             false => Err(Failure::Refused(serde_json::from_slice(&text).map_err(strange)?)),
         }
     }
+}
 
-    async fn exchange(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<(StatusCode, Bytes), String> {
-        let socket = UnixStream::connect(&self.control).await.map_err(|e| format!("{e}; {}", remedy(&e)))?;
-        let broken = |e: hyper::Error| format!("the daemon has not answered: {e}");
-        let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await.map_err(broken)?;
-        let connection = tokio::spawn(connection);
-        let request = Request::builder().method(method).uri(path).header("host", "localhost");
-        let request = match &body {
-            Some(_) => request.header("content-type", "application/json"),
-            None => request,
-        };
-        let request = request.body(Full::new(Bytes::from(body.unwrap_or_default()))).map_err(|e| e.to_string())?;
-        let response = sender.send_request(request).await.map_err(broken)?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-        connection.abort();
-        Ok((status, body.map_err(|e| format!("the answer ended early: {e}"))?.to_bytes()))
-    }
+async fn exchange(
+    socket: UnixStream,
+    method: Method,
+    path: &str,
+    body: Option<Vec<u8>>,
+) -> Result<(StatusCode, Bytes), String> {
+    let broken = |e: hyper::Error| format!("the daemon has not answered: {e}");
+    let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await.map_err(broken)?;
+    let connection = tokio::spawn(connection);
+    let request = Request::builder().method(method).uri(path).header("host", "localhost");
+    let request = match &body {
+        Some(_) => request.header("content-type", "application/json"),
+        None => request,
+    };
+    let request = request.body(Full::new(Bytes::from(body.unwrap_or_default()))).map_err(|e| e.to_string())?;
+    let response = sender.send_request(request).await.map_err(broken)?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
+    connection.abort();
+    Ok((status, body.map_err(|e| format!("the answer ended early: {e}"))?.to_bytes()))
 }
 
 fn remedy(error: &io::Error) -> &'static str {
@@ -127,9 +140,14 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// The path of an export's route. Only what stands for itself anywhere is left unescaped.
+/// The path of an export's route.
 pub(super) fn export_path(name: &str) -> String {
-    let mut path = "/v1/exports/".to_owned();
+    format!("/v1/exports/{}", percent_encoded(name))
+}
+
+/// Text as a part of a path or a query. Only what stands for itself anywhere is left unescaped.
+pub(super) fn percent_encoded(name: &str) -> String {
+    let mut path = String::new();
     for byte in name.bytes() {
         match byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~') {
             true => path.push(byte as char),

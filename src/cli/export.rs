@@ -101,7 +101,8 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, String> {
     .map(|()| ExitCode::SUCCESS)
 }
 
-fn key(text: &str) -> Result<(String, String), String> {
+/// `KEY=VALUE`.
+pub(super) fn key(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
     Ok((key.trim().to_owned(), value.trim_start().to_owned()))
 }

@@ -2,6 +2,7 @@
 //!
 //! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 wrong usage.
 
+mod backup;
 mod check_config;
 mod completions;
 mod control;
@@ -28,6 +29,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Begin and end backup jobs: the image, its export and what belongs to them in one call each
+    #[command(subcommand)]
+    Backup(backup::Command),
     /// Print every problem of a configuration file; exit status 0 if all of it would take effect, else 1
     CheckConfig(check_config::Args),
     /// Print the script that completes this command line in a shell
@@ -51,6 +55,7 @@ enum Command {
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Backup(command) => backup::run(&command),
         Command::CheckConfig(args) => check_config::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Export(command) => export::run(&command),

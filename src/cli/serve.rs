@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 /// Environment variable with the log filter, when `--log` is not given.
 const LOG_VARIABLE: &str = "COWGATE_LOG";
 /// The configuration when none is named.
-const DEFAULT_CONFIG: &str = "/etc/cowgate/config";
+pub(super) const DEFAULT_CONFIG: &str = "/etc/cowgate/config";
 /// nbd-server's pid file, where control planes look for it.
 const DEFAULT_PID_FILE: &str = "/run/nbd-server.pid";
 

@@ -21,6 +21,7 @@ use crate::export::registry::Registry;
 use crate::ring::Workers;
 use crate::ring::unix_listener::UnixBindError;
 use crate::serve::control as control_api;
+use crate::serve::control::wire::Listening;
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
 use control::Control;
@@ -147,11 +148,14 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
     let (handle, requests) = requests::channel();
-    let state = control_api::State::new(Arc::clone(&registry), handle.clone(), workers.clone());
+    let state =
+        control_api::State::new(Arc::clone(&registry), handle.clone(), workers.clone(), opened.listening.clone());
     let context = Arc::new(Context { registry, control: handle, list_allowed });
     // its answers are given by this thread, between everything else that it does
     let api = opened.control.take().map(|socket| tokio::spawn(socket.serve(Arc::clone(&state))));
-    info!("ready: listening on {}", opened.addresses);
+    let Listening { tcp, unix } = &opened.listening;
+    let unix = unix.iter().map(|path| format!("unix:{path}"));
+    info!("ready: listening on {}", tcp.iter().cloned().chain(unix).collect::<Vec<_>>().join(", "));
     notify::ready(&control.status(), options.in_background);
     let _watchdog = Watchdog::start(options.in_background);
     if options.in_background {
@@ -170,8 +174,7 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
 /// What others can see of a running daemon: its sockets and its pid file.
 struct Opened {
     listeners: Listeners,
-    /// For the log line.
-    addresses: String,
+    listening: Listening,
     pid_file: Option<PidFile>,
     control: Option<control_api::Socket>,
 }
@@ -179,12 +182,12 @@ struct Opened {
 impl Opened {
     fn new(server: &ServerConfig, options: &Options) -> Result<Opened, Error> {
         let listeners = Listeners::bind(&addresses(server)?)?;
-        let tcp = listeners.tcp_addresses().into_iter().map(|a| a.to_string());
-        let unix = server.unix_socket.iter().map(|path| format!("unix:{}", path.display()));
-        let addresses = tcp.chain(unix).collect::<Vec<_>>().join(", ");
+        let tcp = listeners.tcp_addresses().iter().map(ToString::to_string).collect();
+        let unix = server.unix_socket.iter().map(|path| path.display().to_string()).collect();
+        let listening = Listening { tcp, unix };
         // after the pid file, which says that no other daemon serves this configuration
         let pid_file = pid_file(&options.pid_file)?;
-        Ok(Opened { listeners, addresses, pid_file, control: control_socket(&server.control_socket)? })
+        Ok(Opened { listeners, listening, pid_file, control: control_socket(&server.control_socket)? })
     }
 
     /// Becomes the configured user and group. The pid file stays root's: root signals whom it names.

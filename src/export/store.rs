@@ -248,7 +248,8 @@ pub fn record_of_image(directory: &Path, image: &Path) -> Result<Option<Record>,
     Ok(None)
 }
 
-fn record_path(directory: &Path, export: &str) -> PathBuf {
+/// Where the record of an export is, if there is one.
+pub fn record_path(directory: &Path, export: &str) -> PathBuf {
     directory.join(file_name(export) + ENDING)
 }
 

@@ -4,12 +4,14 @@
 //! that the image names is opened, and a snapshot of an image that is being written may say "holds data" too early,
 //! never too late: a table that is being changed is not empty.
 
-use super::{Error, Opener, reading};
+use super::shared::locked;
+use super::{Error, Opener, lock, reading};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::Header;
 use crate::ring;
 use crate::units::HostOffset;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -55,6 +57,21 @@ pub fn find(path: &Path) -> Result<Option<Found>, Error> {
     reading::run(path, work).map(Some)
 }
 
+/// Removes an image that an attempt has made in vain. `false`: it stays, since something was written to it.
+pub fn remove(path: &Path) -> Result<bool, Error> {
+    let file = File::open(path).map_err(Error::io(path, "open it"))?;
+    // nobody else has it while it is looked at
+    let taken = lock::share(&file).and_then(|()| lock::add_write(&file));
+    taken.map_err(|refused| locked(path, refused).of_a_command())?;
+    if !find(path)?.is_some_and(|found| found.blank) {
+        return Ok(false);
+    }
+    std::fs::remove_file(path).map_err(Error::io(path, "remove it"))?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    File::open(directory).and_then(|d| d.sync_all()).map_err(Error::io(directory, "sync it"))?;
+    Ok(true)
+}
+
 /// Whether no entry of the L1 table is used.
 async fn is_empty(file: &ring::File, header: &Header, path: &Path) -> Result<bool, Error> {
     let end = header.l1_offset.0 + u64::from(header.l1_entries) * 8;
@@ -98,15 +115,18 @@ mod tests {
         let found = find(&path).expect("looked").expect("there");
         assert!(found.blank && found.size == 1 << 40 && found.backing.is_none(), "{found:?}");
         // its last L1 entry
-        let file = std::fs::File::options().write(true).open(&path).expect("open");
+        let file = File::options().write(true).open(&path).expect("open");
         let l1_bytes = (1 << 40) / (64 << 10) / 8192 * 8;
         let l1_at = {
             let mut raw = [0; 8];
-            std::fs::File::open(&path).and_then(|f| f.read_exact_at(&mut raw, 40)).expect("header");
+            File::open(&path).and_then(|f| f.read_exact_at(&mut raw, 40)).expect("header");
             u64::from_be_bytes(raw)
         };
         file.write_all_at(&[1], l1_at + l1_bytes - 1).expect("write");
         assert!(!find(&path).expect("looked").expect("there").blank);
+        assert!(!remove(&path).expect("looked") && path.exists());
+        file.write_all_at(&[0], l1_at + l1_bytes - 1).expect("write");
+        assert!(remove(&path).expect("removed") && !path.exists());
         std::fs::write(&path, b"something else").expect("write");
         assert!(find(&path).is_err());
     }

@@ -26,8 +26,13 @@ const PROBE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Adds an export, or finds that it is served just so.
 pub(super) async fn add(state: &State, wanted: &AddExport) -> Answer<Added> {
-    let config = config(wanted)?;
     let _turn = state.changing.lock().await;
+    add_in_turn(state, wanted).await
+}
+
+/// The same for who has the turn to change exports.
+pub(super) async fn add_in_turn(state: &State, wanted: &AddExport) -> Answer<Added> {
+    let config = config(wanted)?;
     let former = state.registry.entry(&config.name);
     if let Some(entry) = &former {
         let (file, line) = (&entry.source.file, entry.source.line);
@@ -152,7 +157,7 @@ pub(super) async fn remove(state: &State, name: &str, force: bool) -> Result<Rem
     })
 }
 
-fn drains(state: &State, name: &str) -> Vec<Arc<Export>> {
+pub(super) fn drains(state: &State, name: &str) -> Vec<Arc<Export>> {
     let mut draining = state.registry.draining();
     draining.retain(|export| export.config().name == name);
     draining
@@ -200,7 +205,7 @@ async fn attach(export: &Arc<Export>) -> Result<(u64, bool), AttachError> {
 }
 
 /// Runs what blocks on a thread that may.
-async fn in_background<T: Send + 'static>(
+pub(super) async fn in_background<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     let failed = |e| problem(StatusCode::INTERNAL_SERVER_ERROR, format!("the request ended early: {e}"));
@@ -212,7 +217,7 @@ fn conflict(detail: String, path: &Path, remedy: &str) -> Problem {
     Problem { path, remedy, ..problem(StatusCode::CONFLICT, detail) }
 }
 
-fn store_problem(error: &StoreError) -> Problem {
+pub(super) fn store_problem(error: &StoreError) -> Problem {
     let (status, path): (_, Option<&PathBuf>) = match error {
         StoreError::Unwritable(_) => (StatusCode::UNPROCESSABLE_ENTITY, None),
         StoreError::Exists(file) | StoreError::Changed(file) => (StatusCode::CONFLICT, Some(file)),

@@ -4,10 +4,11 @@
 //! never block it: files are written and examined on threads of their own, images are opened on the workers.
 //!
 //! - `connection`: who is let in, for how long, and how many
-//! - `routes`: what can be asked; `change`: what changes exports; [`wire`]: the words for it
+//! - `routes`: what can be asked; `change`: what changes exports; `job`: backup jobs; [`wire`]: the words for it
 
 mod change;
 mod connection;
+mod job;
 mod routes;
 pub mod wire;
 
@@ -75,25 +76,30 @@ pub struct State {
     registry: Arc<Registry>,
     control: Handle,
     workers: Workers,
+    listening: wire::Listening,
     since: SystemTime,
     stopping: AtomicBool,
     /// Changes of exports take turns.
     changing: tokio::sync::Mutex<()>,
     /// So do examinations of many images.
     examining: tokio::sync::Mutex<()>,
+    /// Taken last of all, and for moments.
+    jobs: job::Jobs,
 }
 
 impl State {
     /// The state of a daemon that is ready now.
-    pub fn new(registry: Arc<Registry>, control: Handle, workers: Workers) -> Arc<State> {
+    pub fn new(registry: Arc<Registry>, control: Handle, workers: Workers, listening: wire::Listening) -> Arc<State> {
         Arc::new(State {
             registry,
             control,
             workers,
+            listening,
             since: SystemTime::now(),
             stopping: AtomicBool::new(false),
             changing: tokio::sync::Mutex::default(),
             examining: tokio::sync::Mutex::default(),
+            jobs: job::Jobs::default(),
         })
     }
 

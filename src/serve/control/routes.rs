@@ -3,8 +3,10 @@
 
 use super::State;
 use super::change;
+use super::job;
 use super::wire::{
-    AddExport, Added, ExportList, ExportView, Health, ListParams, Probed, Problem, ReloadRequest, RemoveParams, Removed,
+    AddExport, Added, BeginBackup, EndParams, Ending, ExportList, ExportView, Health, ListParams, Probed, Problem,
+    ReloadRequest, RemoveParams, Removed, Resumed,
 };
 use crate::export::control::Outcome;
 use crate::export::problem::printable;
@@ -39,7 +41,7 @@ type Name = Result<Path<String>, PathRejection>;
                        problem as RFC 9457 has it."
     ),
     servers((url = "http://localhost")),
-    tags((name = "exports"), (name = "daemon"))
+    tags((name = "exports"), (name = "backups"), (name = "daemon"))
 )]
 struct Description;
 
@@ -49,6 +51,9 @@ fn described() -> OpenApiRouter<Arc<State>> {
         .routes(routes!(list, add))
         .routes(routes!(show, remove))
         .routes(routes!(probe))
+        .routes(routes!(begin_backup))
+        .routes(routes!(end_backup))
+        .routes(routes!(resume_backup))
         .routes(routes!(reload))
 }
 
@@ -85,6 +90,7 @@ async fn health(axum::extract::State(state): Shared) -> Json<Health> {
         draining: draining.len(),
         clients: all.map(|export| export.connections().len()).sum(),
         failed_flushes: state.registry.failed_flushes(),
+        listening: state.listening.clone(),
     })
 }
 
@@ -190,6 +196,68 @@ async fn probe(axum::extract::State(state): Shared, name: Name) -> Answer<Probed
     look_for(&state, &name).await;
     let export = state.registry.get(&name).ok_or_else(|| not_there(&name))?;
     Ok((StatusCode::OK, Json(change::probe(&state, export).await?)))
+}
+
+/// Begins a backup job
+///
+/// Adds the export of a job, named by its parts. Asking again without a time is answered with the export that is there.
+#[utoipa::path(
+    post, path = "/v1/backups", tag = "backups", request_body = BeginBackup,
+    responses(
+        (status = 200, description = "It is served already", body = Added),
+        (status = 201, description = "It is new", body = Added),
+        (status = 400, description = "The request is not understood", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "It was to be found, and is not there", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The image belongs to another export or is being ended, or there is no `includedir`", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "It cannot be served like that", body = Problem, content_type = "application/problem+json"),
+        (status = 500, description = "Its file cannot be written", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The daemon is stopping, or others are writing", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+async fn begin_backup(axum::extract::State(state): Shared, body: Bytes) -> Answer<Added> {
+    let wanted = json::<BeginBackup>(&body)?;
+    finish(tokio::spawn(async move { job::begin(&state, &wanted).await })).await
+}
+
+/// Ends a backup job
+///
+/// Its export takes no new clients any more; its file becomes a record that is not loaded. To be asked again until it is
+/// drained; whoever then has examined the image removes the record.
+#[utoipa::path(
+    delete, path = "/v1/backups/{name}", tag = "backups",
+    params(("name" = String, Path, description = "The export's name, percent-encoded"), EndParams),
+    responses(
+        (status = 200, body = Ending),
+        (status = 400, description = "The request is not understood", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "There is neither an export nor a record of it", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "Its file defines more than this export", body = Problem, content_type = "application/problem+json"),
+        (status = 500, description = "Its file cannot be put aside", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The daemon is stopping", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+async fn end_backup(
+    axum::extract::State(state): Shared,
+    name: Name,
+    params: Result<Query<EndParams>, QueryRejection>,
+) -> Answer<Ending> {
+    let (name, params) = (named(name)?, query(params)?);
+    finish(tokio::spawn(async move { job::end(&state, &name, params).await })).await
+}
+
+/// Lets a backup job go on
+///
+/// Undoes the beginning of its end: the record is the export's file again, and clients that have stayed go on.
+#[utoipa::path(
+    post, path = "/v1/backups/{name}/resume", tag = "backups", params(("name" = String, Path, description = "The export's name, percent-encoded")),
+    responses(
+        (status = 200, body = Resumed),
+        (status = 404, description = "It is not being ended", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "Another export has its name", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+async fn resume_backup(axum::extract::State(state): Shared, name: Name) -> Answer<Resumed> {
+    let name = named(name)?;
+    finish(tokio::spawn(async move { job::resume(&state, &name).await })).await
 }
 
 /// Reads the configuration again

@@ -29,6 +29,17 @@ pub struct Health {
     pub clients: usize,
     /// Images that could not be flushed when their last writer left: what clients believe written may be lost.
     pub failed_flushes: usize,
+    /// Where clients can connect.
+    pub listening: Listening,
+}
+
+/// Where clients can connect.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Listening {
+    /// Addresses and ports.
+    pub tcp: Vec<String>,
+    /// Paths of Unix sockets.
+    pub unix: Vec<String>,
 }
 
 /// Many exports.
@@ -142,6 +153,68 @@ pub struct Removed {
     pub drained: bool,
     /// Images of any export that could not be flushed between the beginning and the end of this request.
     pub failed_flushes: usize,
+}
+
+/// A backup job to be begun: the export that its image is written through.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BeginBackup {
+    /// The identifier of the machine's backup context.
+    pub context: String,
+    /// The disk's number.
+    pub disk: u16,
+    /// `full` or `incr`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// When, as export names have it. Left out: now, or the time of the same job's export, if it is there already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<String>,
+    /// The image, a QCOW2 file: an absolute path.
+    pub path: String,
+    /// Further keys of the export.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub keys: BTreeMap<String, KeyValue>,
+    /// Only find the job's export; add none.
+    #[serde(default)]
+    pub existing: bool,
+}
+
+/// How to end a backup job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default, deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct EndParams {
+    /// Disconnect its clients: what they have in flight is completed and flushed.
+    pub force: bool,
+}
+
+/// A backup job takes no new clients any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Ending {
+    /// Its export's name.
+    pub name: String,
+    /// What is left of the export's file: to be removed when the image is examined.
+    pub record: String,
+    /// Clients that are still connected.
+    pub clients: usize,
+    /// None is any more: everything is flushed, and the image's lock is given back.
+    pub drained: bool,
+    /// What clients wrote, in bytes; missing when the ending began under another daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_written: Option<u64>,
+    /// Images of any export that could not be flushed since the ending began.
+    pub failed_flushes: usize,
+}
+
+/// A backup job goes on: its export takes new clients again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Resumed {
+    /// Its export's name.
+    pub name: String,
+    /// The configuration file that defines it.
+    pub file: String,
+    /// Clients that stayed connected.
+    pub clients: usize,
 }
 
 /// How much to tell of exports.
