@@ -5,6 +5,7 @@ mod common;
 
 use common::daemon::{Daemon, Setup};
 use common::qemu;
+use common::root::{self, Mount};
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -259,6 +260,25 @@ fn wrong_parents_leave_nothing_behind() {
     assert!(qemu::text(&lost.stderr).contains("no daemon listens"), "{lost:?}");
     assert!(!dir.path().join("d.qcow2").exists());
     drop(begun);
+}
+
+#[test]
+fn a_full_disk_keeps_nothing_of_a_job() {
+    if !root::available("mount a small file system") {
+        return;
+    }
+    let (daemon, mount) = (Setup::new().start(), Mount::tmpfs(2));
+    let image = mount.path().join("a.qcow2");
+    let image = image.to_str().unwrap();
+    let ballast = mount.path().join("ballast");
+    // as much as there is room for
+    let _ = fs::write(&ballast, vec![1; 4 << 20]);
+    let message = refused(&daemon, &full(image, "vm"));
+    assert!(message.contains(image) && message.contains("No space"), "{message}");
+    assert_eq!((names(&mount.path()), exports(&daemon).len()), (vec!["ballast".to_owned()], 0));
+    fs::remove_file(&ballast).unwrap();
+    let begun = done(&daemon, &full(image, "vm"));
+    assert_eq!(done(&daemon, &["backup", "end", begun["name"].as_str().unwrap()])["state"].as_str(), Some("ended"));
 }
 
 #[test]
