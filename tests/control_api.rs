@@ -3,7 +3,7 @@
 mod common;
 
 use common::daemon::{Daemon, Setup};
-use common::qemu;
+use common::{qemu, root};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -412,6 +412,9 @@ fn without_includedir_there_is_no_place_for_exports() {
 
 #[test]
 fn strangers_are_refused() {
+    if !root::available("become another user") {
+        return;
+    }
     let daemon = Setup::new().start();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&daemon.control()), 0o600);
@@ -566,6 +569,93 @@ fn the_socket_is_where_the_configuration_has_it() {
     assert!(health.status.success());
     let (_dir, _) = daemon.stop();
     assert!(!path.exists(), "removed at the end");
+}
+
+#[test]
+fn a_directory_that_cannot_be_written_changes_nothing() {
+    if !root::available("mount file systems") {
+        return;
+    }
+    let place = root::Mount::tmpfs(1);
+    let setup = Setup::new().generic(&format!("includedir = {}", place.path().display()));
+    let image = setup.image("disk.qcow2", "", "1M");
+    let daemon = setup.start();
+    done(&daemon, &["export", "add", "disk", text(&image)]);
+    qemu::run(Command::new("mount").args(["-o", "remount,ro"]).arg(place.path()));
+    for arguments in [["export", "add", "more", text(&image)].as_slice(), &["export", "remove", "disk"]] {
+        let message = refused(&daemon, arguments);
+        assert!(message.contains("mount the file system writable"), "{message}");
+    }
+    assert_eq!(daemon.names(), ["disk"]);
+    qemu::run(Command::new("mount").args(["-o", "remount,rw"]).arg(place.path()));
+    // no space is left either
+    let mut filler = fs::File::create(place.path().join("filler")).unwrap();
+    while filler.write_all(&[1; 4096]).is_ok() {}
+    let (status, _, problem) = ask(&daemon, "POST", "/v1/exports", json!({"name": "more", "path": text(&image)}));
+    assert!(status == 500 && problem["detail"].as_str().unwrap().contains("make space"), "{problem}");
+    assert_eq!(daemon.names(), ["disk"]);
+    drop(filler);
+    fs::remove_file(place.path().join("filler")).unwrap();
+    done(&daemon, &["export", "add", "more", text(&image)]);
+    done(&daemon, &["export", "remove", "disk"]);
+    assert_eq!(daemon.names(), ["more"]);
+    let _dir = daemon.stop();
+}
+
+/// Judges answers by the description: a JSON list of [schema, answer] on standard input. Unknown fields are errors.
+const JUDGE: &str = r##"
+import json, sys
+from jsonschema import Draft202012Validator
+description = json.load(open(sys.argv[1]))
+for schema in description["components"]["schemas"].values():
+    Draft202012Validator.check_schema(schema)
+    if schema.get("type") == "object":
+        schema["unevaluatedProperties"] = False
+description["components"]["schemas"]["Counters"].pop("unevaluatedProperties")  # a part of others
+for name, answer in json.load(sys.stdin):
+    whole = {"$ref": "#/components/schemas/" + name, "components": description["components"]}
+    for error in Draft202012Validator(whole).iter_errors(answer):
+        sys.exit(f"{name}: {error.json_path}: {error.message}\n{json.dumps(answer)}")
+for path, routes in description["paths"].items():
+    for method, route in routes.items():
+        if not route.get("summary") or not route.get("responses"):
+            sys.exit(f"{method} {path} is not described")
+"##;
+
+#[test]
+fn answers_are_what_the_description_says() {
+    let setup = Setup::new();
+    let image = setup.image("disk.qcow2", "", "1M");
+    setup.export("missing", &setup.dir().join("missing"), "");
+    let daemon = setup.start();
+    let probe = |name: &str| ask(&daemon, "POST", &format!("/v1/exports/{name}/probe"), Value::Null).2;
+    let add =
+        json!({"name": "disk", "path": text(&image), "keys": {"maxconnections": 5, "sync": true, "flush": "true"}});
+    let mut answers = vec![json!(["AddExport", add])];
+    let mut judge = |schema: &str, answer: Value| answers.push(json!([schema, answer]));
+    judge("Health", ask(&daemon, "GET", "/v1/health", Value::Null).2);
+    judge("Added", ask(&daemon, "POST", "/v1/exports", add.clone()).2);
+    judge("Probed", probe("disk"));
+    judge("Probed", probe("missing"));
+    let writer = Writer::start(&daemon, "disk");
+    judge("ExportView", view(&daemon, "disk"));
+    judge("ExportView", view(&daemon, "missing"));
+    judge("Removed", ask(&daemon, "DELETE", "/v1/exports/disk", Value::Null).2);
+    judge("ExportList", ask(&daemon, "GET", "/v1/exports?details=true", Value::Null).2);
+    judge("ExportList", ask(&daemon, "GET", "/v1/exports", Value::Null).2);
+    drop(writer);
+    judge("Reloaded", ask(&daemon, "POST", "/v1/reload", json!({"wait": true})).2);
+    judge("Reloaded", ask(&daemon, "POST", "/v1/reload", Value::Null).2);
+    judge("Problem", ask(&daemon, "GET", "/v1/exports/no", Value::Null).2);
+    judge("Problem", ask(&daemon, "POST", "/v1/exports", json!({"name": "x", "path": "x"})).2);
+    judge("Problem", ask(&daemon, "POST", "/v1/nowhere", Value::Null).2);
+    let mut python = Command::new("/usr/bin/python3");
+    python.args(["-c", JUDGE, concat!(env!("CARGO_MANIFEST_DIR"), "/docs/openapi.json")]);
+    let mut child = python.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(json!(answers).to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", qemu::text(&output.stderr));
+    let _dir = daemon.stop();
 }
 
 #[test]

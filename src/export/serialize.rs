@@ -238,8 +238,8 @@ mod tests {
             let keys: Vec<_> = keys.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
             from_keys(name, &keys)
         };
-        let found = made("a b", &[("exportname", " /x\\y\n "), ("maxconnections", "3")]).expect("an export");
-        assert_eq!((found.path.to_str(), found.max_connections), (Some(" /x\\y\n "), Some(3)));
+        let found = made("a b", &[("exportname", "/x\\y\n "), ("maxconnections", "3")]).expect("an export");
+        assert_eq!((found.path.to_str(), found.max_connections), (Some("/x\\y\n "), Some(3)));
         for name in ["a]\n[b", "a]", "[", "", "a\nexportname=/etc/passwd", "\0", "a\u{1b}[2J", "generic"] {
             assert!(made(name, &[("exportname", "/x")]).is_err(), "{name:?}");
         }
