@@ -120,9 +120,9 @@ impl Reload {
         self.counted = false;
     }
 
-    /// Begins a look for new exports, unless half-written files are being waited for anyway.
+    /// Begins a look for new exports, unless a series of passes is under way that finds them too, and may find more.
     pub fn begin_additions(&mut self) {
-        if !self.unsettled {
+        if self.next_pause().is_none() {
             self.scope = Scope::Additions;
             self.passes = 0;
         }
@@ -243,11 +243,9 @@ impl Reload {
         outcome.exports = self.applied.len();
         // the warnings of an earlier pass still hold; an error may have been that of a half-written file
         self.problems.retain(|p| p.severity == Severity::Warning);
-        for problem in loaded.problems.iter().chain(&plan.problems) {
-            if !self.problems.contains(problem) {
-                self.problems.push(problem.clone());
-            }
-        }
+        let known: HashSet<String> = self.problems.iter().map(Problem::to_string).collect();
+        let new = loaded.problems.iter().chain(&plan.problems).filter(|p| !known.contains(&p.to_string()));
+        self.problems.extend(new.cloned());
         outcome.needs_restart = match &loaded.server {
             Some(server) => self.started_with.needs_restart(server).into_iter().map(str::to_owned).collect(),
             None => Vec::new(),
@@ -390,6 +388,22 @@ mod tests {
         d.age();
         let third = reload.pass();
         assert_eq!((third.plan.is_empty(), third.again), (true, None));
+    }
+
+    #[test]
+    fn a_client_that_misses_an_export_does_not_end_a_reload() {
+        let d = Directory::new();
+        d.write("conf.d/a.conf", "[a]\nexportname=/a\n");
+        let (mut reload, _) = d.start();
+        d.write("conf.d/a.conf", "[a]\nexportname=/b\n");
+        reload.begin_additions();
+        assert_eq!(names(&reload.pass().plan.change), ["a"], "the passes after the start go on");
+        d.age();
+        reload.pass();
+        d.write("conf.d/a.conf", "[a]\nexportname=/c\n[b]\nexportname=/b\n");
+        reload.begin_additions();
+        let look = reload.pass();
+        assert_eq!((names(&look.plan.add), look.plan.change.len()), (vec!["b"], 0));
     }
 
     #[test]

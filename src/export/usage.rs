@@ -104,7 +104,7 @@ impl Connection {
     pub(super) fn new(peer: Peer) -> Connection {
         Connection {
             peer,
-            since: SystemTime::now(),
+            since: SystemTime::UNIX_EPOCH + now(),
             requests: Default::default(),
             bytes: Default::default(),
             errors: AtomicU64::new(0),
@@ -117,7 +117,7 @@ impl Connection {
     /// A request has come. Each is followed by one [`Connection::end`]. For the client's worker only.
     pub fn begin(&self) {
         add(&self.begun, 1);
-        self.last_io_ms.store(now_ms(), Relaxed);
+        self.last_io_ms.store(now().as_millis() as u64, Relaxed);
     }
 
     /// A request of `bytes` bytes was answered. For the client's worker only.
@@ -171,10 +171,9 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed) + n, Relaxed);
 }
 
-/// Milliseconds since 1970, as exact as the kernel's tick: reading the exact clock for each request would cost more.
-fn now_ms() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map(Duration::from).unwrap_or_default();
-    now.as_millis() as u64
+/// Time since 1970, as exact as the kernel's tick: reading the exact clock for each request would cost more.
+fn now() -> Duration {
+    clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map(Duration::from).unwrap_or_default()
 }
 
 #[cfg(test)]
