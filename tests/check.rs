@@ -183,6 +183,14 @@ fn seeds() -> Vec<u64> {
     }
 }
 
+/// QEMU's verdict. Where a snapshot says too much it gives up before the check, which is not to call the image sound.
+fn verdict(their: &Output) -> i32 {
+    match told(their).contains("Check failed: File too large") {
+        true => 2,
+        false => code(their),
+    }
+}
+
 /// Random bits of the metadata are flipped. QEMU's verdict may differ where it does not get as far as a check: it does
 /// not open an image with a broken bitmap at all. A repair of ours must leave what QEMU has the same verdict on.
 #[test]
@@ -206,10 +214,10 @@ fn damaged_images_get_the_same_verdict() {
         if told(&their).contains("Could not open") {
             continue;
         }
-        assert_eq!(code(&our), code(&their), "{case}: {}\nQEMU: {}", told(&our), told(&their));
+        assert_eq!(code(&our), verdict(&their), "{case}: {}\nQEMU: {}", told(&our), told(&their));
         let repaired = ours("--repair", &copy);
         let their = theirs("", &copy);
-        assert_eq!(code(&repaired), code(&their), "{case}, repaired: {}\nQEMU: {}", told(&repaired), told(&their));
+        assert_eq!(code(&repaired), verdict(&their), "{case}, repaired: {}\nQEMU: {}", told(&repaired), told(&their));
     }
 }
 

@@ -715,8 +715,8 @@ assert h.pread(4096, 8192) == b"a" * 4096
             assert!(said.contains("refused"), "{said}");
         }
     }
+    daemon.wait_for("the chain's refusal", || daemon.log().contains("merge some layers with `qemu-img commit`"));
     let log = daemon.log();
-    assert!(log.contains("merge some layers with `qemu-img commit`"), "{log}");
     assert!(!log.contains("panicked"), "{log}");
     let (dir, _) = daemon.stop();
     qemu::check(&dir.path().join("good.qcow2"));
