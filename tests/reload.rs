@@ -162,6 +162,24 @@ fn an_export_is_there_as_soon_as_its_file_is() {
 }
 
 #[test]
+fn a_missing_export_does_not_cut_a_reload_short() {
+    let setup = Setup::new();
+    let (small, large) = (setup.image("small.qcow2", "", "1M"), setup.image("large.qcow2", "", "2M"));
+    let daemon = setup.start();
+    let size = || qemu::run(Command::new("nbdinfo").arg("--size").arg(daemon.uri("disk")));
+    for _ in 0..10 {
+        write_export(daemon.dir(), "disk", &small, "readonly = true");
+        daemon.reload();
+        assert_eq!(size().trim(), "1048576");
+        // the file changes once more just after the signal, and a client asks for something else meanwhile
+        write_export(daemon.dir(), "disk", &large, "readonly = true");
+        Nbd::connect(&daemon.socket()).go("nothing").unwrap_err();
+        daemon.wait_for("the second change", || size().trim() == "2097152");
+    }
+    let _dir = daemon.stop();
+}
+
+#[test]
 fn clients_who_ask_for_nonsense_share_a_look() {
     let daemon = Setup::new().start_with(|command| {
         command.args(["--log", "info,cowgate::daemon=debug"]);

@@ -40,8 +40,6 @@ pub struct Control {
 struct Missing {
     name: String,
     since: Instant,
-    /// It was looked for since the client asked.
-    looked: bool,
     done: oneshot::Sender<()>,
 }
 
@@ -86,11 +84,11 @@ impl Control {
                 self.registry.apply(&plan, self.reload.generation());
                 let problems = problems.iter().map(|p| p.to_string()).collect();
                 let _ = done.send(Applied { generation: self.reload.generation(), problems });
-                self.answer();
+                self.answer(|_| false);
             }
             Request::IncludeDir { done } => drop(done.send(self.reload.include_dir().map(Path::to_owned))),
             Request::Missing { name, done } => {
-                self.missing.push(Missing { name, since: Instant::now(), looked: false, done });
+                self.missing.push(Missing { name, since: Instant::now(), done });
                 if self.look_due.is_none() {
                     self.look_due = Some(self.look_earliest);
                     self.time();
@@ -108,16 +106,21 @@ impl Control {
     pub fn time(&mut self) {
         let now = Instant::now();
         if self.look_due.is_some_and(|due| due <= now) {
-            self.look_due = None;
-            debug!("looking for exports that clients miss");
-            self.reload.begin_additions();
-            let pass = self.reload.pass();
-            self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
-            self.apply(pass);
+            self.look(now);
         } else if self.next_pass.is_some_and(|due| due <= now) {
             let pass = self.reload.follow_up();
             self.apply(pass);
         }
+    }
+
+    /// Looks for the exports that clients miss, and again shortly while a half-written file may hold one.
+    fn look(&mut self, now: Instant) {
+        debug!("looking for exports that clients miss");
+        let (plan, settled) = self.reload.additions();
+        self.registry.apply(&plan, self.reload.generation());
+        self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
+        self.answer(|missing| settled || missing.since.elapsed() > MISSING_LIMIT);
+        self.look_due = (!self.missing.is_empty()).then_some(self.look_earliest);
     }
 
     fn apply(&mut self, pass: Pass) {
@@ -126,13 +129,16 @@ impl Control {
             self.list_allowed.store(allowed, Ordering::Relaxed);
         }
         self.next_pass = pass.again.map(|pause| Instant::now() + pause);
-        for missing in &mut self.missing {
-            missing.looked = true;
-        }
         if let Some(status) = self.reload.concluded() {
             notify::reloaded(&status);
         }
-        self.answer();
+        if self.reload.is_settled() || self.next_pass.is_none() {
+            for done in self.reloaders.drain(..) {
+                drop(done.send(self.reload.outcome()));
+            }
+        }
+        // the others are looked for, which is due
+        self.answer(|_| false);
     }
 
     /// What is served, for people, in a line.
@@ -140,18 +146,10 @@ impl Control {
         self.reload.status()
     }
 
-    fn answer(&mut self) {
-        let settled = self.reload.is_settled() || self.next_pass.is_none();
-        if settled {
-            for done in self.reloaders.drain(..) {
-                drop(done.send(self.reload.outcome()));
-            }
-        }
+    /// Answers the clients whose exports are there by now, and those for whom it is no use to wait.
+    fn answer(&mut self, in_vain: impl Fn(&Missing) -> bool) {
         let registry = &self.registry;
-        let found = |m: &mut Missing| {
-            m.looked && (settled || m.since.elapsed() > MISSING_LIMIT || registry.get(&m.name).is_some())
-        };
-        for missing in self.missing.extract_if(.., found) {
+        for missing in self.missing.extract_if(.., |m| in_vain(m) || registry.get(&m.name).is_some()) {
             // who asked may have gone
             let _ = missing.done.send(());
         }

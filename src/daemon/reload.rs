@@ -30,8 +30,6 @@ pub struct Reload {
     applied: Vec<Arc<ExportConfig>>,
     /// `includedir`, as configured now.
     include_dir: Option<PathBuf>,
-    /// What the passes under way may change.
-    scope: Scope,
     /// Files of the last pass that had just changed.
     recent: Stamps,
     /// Files of the last pass looked half-written.
@@ -81,7 +79,6 @@ impl Reload {
             started_with: server.clone(),
             applied: Vec::new(),
             include_dir: None,
-            scope: Scope::All,
             recent: Stamps::new(),
             unsettled: false,
             passes: 0,
@@ -111,21 +108,12 @@ impl Reload {
 
     /// Begins a new reload: the next pass counts as the first.
     pub fn begin(&mut self) {
-        self.scope = Scope::All;
         self.passes = 0;
         self.said.clear();
         self.outcome = Outcome { generation: self.outcome.generation + 1, ..Outcome::default() };
         self.problems.clear();
         self.counts = [0; 3];
         self.counted = false;
-    }
-
-    /// Begins a look for new exports, unless half-written files are being waited for anyway.
-    pub fn begin_additions(&mut self) {
-        if !self.unsettled {
-            self.scope = Scope::Additions;
-            self.passes = 0;
-        }
     }
 
     /// What came of the reload begun last, so far.
@@ -161,20 +149,28 @@ impl Reload {
 
     fn take(&mut self, mut loaded: Loaded) -> Pass {
         self.passes += 1;
-        let mut plan = plan(&self.applied, &loaded, &self.scope);
+        let mut plan = plan(&self.applied, &loaded, &Scope::All);
         self.applied = std::mem::take(&mut plan.applied);
         self.unsettled = !loaded.unstable.is_empty();
         self.recent = std::mem::take(&mut loaded.recent);
         let again = self.next_pause();
         self.note_settings(&loaded);
-        let list_allowed =
-            loaded.server.as_ref().map(|server| server.list_allowed).filter(|_| self.scope == Scope::All);
+        let list_allowed = loaded.server.as_ref().map(|server| server.list_allowed);
         self.note(&loaded, &plan);
-        match self.scope {
-            Scope::All => self.say(&loaded, &plan, again.is_none() || !self.unsettled),
-            Scope::Additions | Scope::File(_) => self.say_additions(&plan),
-        }
+        self.say(&loaded, &plan, again.is_none() || !self.unsettled);
         Pass { plan, again, list_allowed }
+    }
+
+    /// Reads what has changed and takes over only exports of new names: a client has asked for one. A series of passes
+    /// under way goes on as it was. Also returns whether nothing looked half-written.
+    pub fn additions(&mut self) -> (Plan, bool) {
+        let loaded = self.loader.load();
+        let plan = self.take_part(&loaded, &Scope::Additions);
+        // the problems are for whoever asks for a reload
+        for export in &plan.add {
+            info!("configuration {}: a client asked for {:?}, added", self.outcome.generation, export.name);
+        }
+        (plan, loaded.unstable.is_empty())
     }
 
     /// Reads what has changed and takes over only what one file defines or has defined: somebody has just written or
@@ -182,11 +178,7 @@ impl Reload {
     /// taking effect.
     pub fn file(&mut self, file: &Path) -> (Plan, Vec<Problem>) {
         let loaded = self.loader.load();
-        let mut plan = plan(&self.applied, &loaded, &Scope::File(file.to_owned()));
-        self.applied = std::mem::take(&mut plan.applied);
-        self.outcome.generation += u64::from(!plan.is_empty());
-        self.outcome.exports = self.applied.len();
-        self.note_settings(&loaded);
+        let plan = self.take_part(&loaded, &Scope::File(file.to_owned()));
         let generation = self.outcome.generation;
         for problem in loaded.problems.iter().filter(|p| p.file == file) {
             log(generation, problem);
@@ -204,6 +196,16 @@ impl Reload {
         };
         let problems = loaded.problems.iter().chain(&plan.problems).filter(|p| concerns(p)).cloned().collect();
         (plan, problems)
+    }
+
+    /// Takes over what `scope` admits; that is another configuration, though nobody waits for a report.
+    fn take_part(&mut self, loaded: &Loaded, scope: &Scope) -> Plan {
+        let mut plan = plan(&self.applied, loaded, scope);
+        self.applied = std::mem::take(&mut plan.applied);
+        self.outcome.generation += u64::from(!plan.is_empty());
+        self.outcome.exports = self.applied.len();
+        self.note_settings(loaded);
+        plan
     }
 
     /// Where the files of single exports are, as configured now.
@@ -230,12 +232,6 @@ impl Reload {
 
     /// Adds what a pass found to the outcome.
     fn note(&mut self, loaded: &Loaded, plan: &Plan) {
-        if self.scope == Scope::Additions {
-            // nobody asked for a report, but it is another configuration
-            self.outcome.generation += u64::from(!plan.add.is_empty());
-            self.outcome.exports = self.applied.len();
-            return;
-        }
         let outcome = &mut self.outcome;
         outcome.added.extend(plan.add.iter().map(|e| e.name.clone()));
         outcome.changed.extend(plan.change.iter().map(|e| e.name.clone()));
@@ -319,13 +315,6 @@ impl Reload {
             debug!("configuration {generation}: removed {name}");
         }
     }
-
-    /// Logs what a client's asking has brought in; the problems are for whoever asks for a reload.
-    fn say_additions(&self, plan: &Plan) {
-        for export in &plan.add {
-            info!("configuration {}: a client asked for {:?}, added", self.outcome.generation, export.name);
-        }
-    }
 }
 
 fn log(generation: u64, problem: &Problem) {
@@ -388,6 +377,37 @@ mod tests {
         d.age();
         let third = reload.pass();
         assert_eq!((third.plan.is_empty(), third.again), (true, None));
+    }
+
+    #[test]
+    fn a_client_that_misses_an_export_leaves_the_series_under_way_alone() {
+        let d = Directory::new();
+        d.write("conf.d/a.conf", "[a]\nexportname=/a\n");
+        let (mut reload, first) = d.start();
+        assert_eq!(first.again, Some(PAUSE), "the file is fresh");
+        d.write("conf.d/a.conf", "[a]\nexportname=/a\nreadonly=true\n");
+        d.write("conf.d/b.conf", "[b]\nexportname=/b\n");
+        let (look, settled) = reload.additions();
+        assert_eq!((names(&look.add), names(&look.change), settled), (vec!["b"], vec![], true));
+        let second = reload.follow_up();
+        assert_eq!(names(&second.plan.change), ["a"], "what has just changed was to be looked at again");
+    }
+
+    #[test]
+    fn a_client_that_misses_an_export_keeps_no_series_going() {
+        let d = Directory::new();
+        d.write("conf.d/a.conf", "[a]\nexportname=/a\n");
+        let (mut reload, _) = d.start();
+        d.age();
+        assert_eq!(reload.pass().again, None);
+        fs::remove_file(d.0.path().join("conf.d/a.conf")).expect("remove");
+        d.write("conf.d/b.conf", "[b]\nexportname=/b\n");
+        let (look, _) = reload.additions();
+        assert_eq!((names(&look.add), look.remove.len()), (vec!["b"], 0), "nobody signalled");
+        assert_eq!(names(&reload.applied), ["a", "b"]);
+        d.write("conf.d/b.conf", "[b");
+        assert!(!reload.additions().1, "it is half-written");
+        assert!(reload.is_settled(), "which no reload waits for");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Promises: reads what is there and never waits (a FIFO or a directory named `x.conf` is an error, not a hang);
 //! every file's size and the number of files are limited; one bad file does not hide the others. A file that looks
 //! half-written is reported in [`Loaded::unstable`], so that the daemon can read again shortly after; waiting is the
-//! daemon's business. The deciding part is [`assemble`], which is pure.
+//! daemon's business. The deciding part, `assemble`, is pure.
 
 use crate::export::config::{self, ExportConfig, Parsed, Role, ServerConfig};
 use crate::export::problem::{Problem, Severity};

@@ -1,7 +1,7 @@
 //! What exports and their clients are doing, as data for people and programs: what the control API answers.
 //!
 //! Promises: taking a snapshot locks nothing for longer than a copy takes, and an image that cannot be examined is a
-//! field of the answer, not a failure. [`ExportStatus::examine`] reads files, so it belongs on a thread that may block.
+//! field of the answer, not a failure. [`examine`] reads files, so it belongs on a thread that may block.
 
 use crate::export::config::ExportConfig;
 use crate::export::registry::Registry;
