@@ -174,7 +174,7 @@ kind, text = w.answer(OPT_GO, info('nonsense'))
 assert kind == ERR_UNKNOWN and b'nonsense' in text, (kind, text)
 assert w.answer(OPT_INFO, info('nonsense'))[0] == ERR_UNKNOWN
 assert w.answer(OPT_LIST, b'data')[0] == ERR_INVALID
-assert w.answer(OPT_STARTTLS)[0] == ERR_UNSUP
+assert w.answer(OPT_STARTTLS)[0] == ERR_POLICY
 assert w.answer(OPT_STARTTLS, b'data')[0] == ERR_INVALID
 for option in (OPT_SET_META, OPT_LIST_META):
     assert w.answer(option, meta('disk', 'base:allocation'))[0] == ERR_INVALID, 'structured replies come first'

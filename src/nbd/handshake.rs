@@ -3,7 +3,8 @@
 //! The connection feeds what it received ([`Handshake::feed`]) and asks for the next [`Step`]. Before it acts on any
 //! step it sends what [`Handshake::take_output`] holds. What the machine cannot know (which exports exist, their size
 //! and features) it asks for with [`Step::Export`] and [`Step::List`]; the answer comes through
-//! [`Handshake::export`] and [`Handshake::list`], and asking for the next step goes on.
+//! [`Handshake::export`] and [`Handshake::list`], and asking for the next step goes on. With [`Step::StartTls`] the
+//! connection is to be encrypted; [`Handshake::tls_started`] says that it is, and negotiation begins anew.
 //!
 //! However the client's bytes are split, the steps and the output are the same. Memory is bounded: option data above
 //! [`MAX_OPTION_DATA`] is skipped as it arrives.
@@ -15,8 +16,8 @@ use super::{
     NBD_INFO_DESCRIPTION, NBD_INFO_EXPORT, NBD_INFO_NAME, NBD_MAGIC, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME, NBD_OPT_GO,
     NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_STARTTLS,
     NBD_OPT_STRUCTURED_REPLY, NBD_OPTION_MAGIC, NBD_REP_ACK, NBD_REP_ERR_INVALID, NBD_REP_ERR_POLICY,
-    NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP, NBD_REP_INFO,
-    NBD_REP_META_CONTEXT, NBD_REP_SERVER, NBD_REPLY_MAGIC,
+    NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP,
+    NBD_REP_INFO, NBD_REP_META_CONTEXT, NBD_REP_SERVER, NBD_REPLY_MAGIC,
 };
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -33,6 +34,21 @@ pub struct Handshake {
     /// The export `base:allocation` was selected for.
     allocation_of: Option<String>,
     options: u32,
+    tls: Tls,
+}
+
+/// What the server says of TLS, for the whole of one connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tls {
+    /// There is none (NOTLS in the specification).
+    #[default]
+    Off,
+    /// The client may start it, and some exports may want it (SELECTIVETLS).
+    Offered,
+    /// Nothing is negotiated without it (FORCEDTLS).
+    Required,
+    /// The connection is encrypted.
+    Started,
 }
 
 /// What the connection does next, after sending the output.
@@ -49,6 +65,8 @@ pub enum Step {
     },
     /// Answer with [`Handshake::list`].
     List,
+    /// Encrypt the connection, then say so with [`Handshake::tls_started`].
+    StartTls,
     /// Negotiation is over; bytes already received beyond it are in [`Handshake::into_rest`].
     Transmission(Agreed),
     /// Close the connection.
@@ -92,6 +110,8 @@ pub enum Refusal {
     Unknown(String),
     /// It is, but not to this client or not now.
     Policy(String),
+    /// It is, but not without TLS.
+    TlsRequired,
     /// The server is going away.
     Shutdown,
 }
@@ -132,6 +152,9 @@ pub enum Violation {
     /// `NBD_OPT_EXPORT_NAME` with a name that cannot be one.
     #[error("export name of {0} bytes is too long or not UTF-8")]
     Name(u32),
+    /// Something in clear text behind `NBD_OPT_STARTTLS`, which must not be taken for something encrypted.
+    #[error("{0} bytes in clear text behind NBD_OPT_STARTTLS")]
+    PlainText(usize),
     /// More than [`MAX_OPTIONS`].
     #[error("more than {MAX_OPTIONS} options")]
     TooManyOptions,
@@ -144,6 +167,7 @@ enum Phase {
     Data { option: u32, len: usize },
     Skip { option: u32, left: usize },
     Asked(Question),
+    StartTls,
     Over(Step),
     Ended,
 }
@@ -163,8 +187,13 @@ impl Default for Handshake {
 }
 
 impl Handshake {
-    /// A handshake whose output is the greeting.
+    /// A handshake without TLS whose output is the greeting.
     pub fn new() -> Self {
+        Self::with_tls(Tls::Off)
+    }
+
+    /// The same for a server that may have TLS.
+    pub fn with_tls(tls: Tls) -> Self {
         let mut output = Vec::with_capacity(256);
         output.put_u64(NBD_MAGIC);
         output.put_u64(NBD_OPTION_MAGIC);
@@ -177,6 +206,7 @@ impl Handshake {
             structured: false,
             allocation_of: None,
             options: 0,
+            tls,
         }
     }
 
@@ -227,6 +257,10 @@ impl Handshake {
                     }
                     self.too_long(option);
                 }
+                Phase::StartTls => {
+                    self.phase = Phase::StartTls;
+                    return Step::StartTls;
+                }
                 Phase::Over(step) => return step,
                 Phase::Asked(_) | Phase::Ended => unreachable!("a handshake is driven by its steps"),
             }
@@ -258,6 +292,16 @@ impl Handshake {
         }
     }
 
+    /// Says that [`Step::StartTls`] is done. What was negotiated in clear text is forgotten. Panics when that was not the
+    /// latest step.
+    pub fn tls_started(&mut self) {
+        assert!(matches!(self.phase, Phase::StartTls), "TLS starts when it was asked for");
+        self.phase = Phase::Option;
+        self.tls = Tls::Started;
+        self.structured = false;
+        self.allocation_of = None;
+    }
+
     /// Takes `N` bytes; without them stays in `phase`.
     fn take<const N: usize>(&mut self, phase: Phase) -> Option<[u8; N]> {
         let Some(bytes) = self.input.first_chunk::<N>().copied() else {
@@ -269,14 +313,20 @@ impl Handshake {
     }
 
     fn client_flags(&mut self, flags: u32) {
-        // A client without NBD_FLAG_C_FIXED_NEWSTYLE can only use NBD_OPT_EXPORT_NAME by the specification; the server
-        // may honour more, and nothing is gained by not doing so.
         self.phase = if flags & !(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES) == 0 {
             self.no_zeroes = flags & NBD_FLAG_C_NO_ZEROES != 0;
             Phase::Option
         } else {
             violation(Violation::ClientFlags(flags))
         };
+        // A client without NBD_FLAG_C_FIXED_NEWSTYLE can only use NBD_OPT_EXPORT_NAME by the specification; the server
+        // may honour more, and nothing is gained by not doing so. TLS it may not.
+        if flags & NBD_FLAG_C_FIXED_NEWSTYLE == 0 {
+            match self.tls {
+                Tls::Required => self.phase = Phase::Over(Step::Close(Closing::Refused(Refusal::TlsRequired))),
+                _ => self.tls = Tls::Off,
+            }
+        }
     }
 
     fn option_header(&mut self, mut header: &[u8]) {
@@ -300,6 +350,13 @@ impl Handshake {
     /// Acts on an option with its whole data. Leaves the next phase behind, unless there is something to ask first.
     fn option(&mut self, option: u32, data: &[u8]) -> Option<Question> {
         self.phase = Phase::Option;
+        if self.tls == Tls::Required && !matches!(option, NBD_OPT_STARTTLS | NBD_OPT_ABORT) {
+            match option {
+                NBD_OPT_EXPORT_NAME => self.phase = Phase::Over(Step::Close(Closing::Refused(Refusal::TlsRequired))),
+                _ => self.refuse(option, &Refusal::TlsRequired),
+            }
+            return None;
+        }
         match option {
             NBD_OPT_EXPORT_NAME => match options::string(data) {
                 Ok(name) => return Some(Question::ExportName(name)),
@@ -317,7 +374,7 @@ impl Handshake {
                 self.structured = true;
                 self.reply(option, NBD_REP_ACK, &[]);
             }
-            NBD_OPT_STARTTLS => self.error(option, NBD_REP_ERR_UNSUP, "this server does not speak TLS"),
+            NBD_OPT_STARTTLS => self.start_tls(),
             NBD_OPT_INFO | NBD_OPT_GO => match options::info_query(data) {
                 Ok(query) => return Some(Question::Info { option, query }),
                 Err(bad) => self.bad_data(option, bad),
@@ -326,6 +383,20 @@ impl Handshake {
             _ => self.error(option, NBD_REP_ERR_UNSUP, "unknown option"),
         }
         None
+    }
+
+    fn start_tls(&mut self) {
+        let option = NBD_OPT_STARTTLS;
+        match self.tls {
+            Tls::Off => self.error(option, NBD_REP_ERR_POLICY, "TLS is turned off on this server"),
+            Tls::Started => self.error(option, NBD_REP_ERR_INVALID, "TLS has been started already"),
+            // Nobody may send on before the reply; whoever stands between client and server could.
+            _ if !self.input.is_empty() => self.phase = violation(Violation::PlainText(self.input.len())),
+            Tls::Offered | Tls::Required => {
+                self.reply(option, NBD_REP_ACK, &[]);
+                self.phase = Phase::StartTls;
+            }
+        }
     }
 
     fn meta_option(&mut self, option: u32, data: &[u8]) -> Option<Question> {
@@ -431,6 +502,9 @@ impl Handshake {
     /// The end of an option whose data was too long to look at.
     fn too_long(&mut self, option: u32) {
         match option {
+            _ if self.tls == Tls::Required && option != NBD_OPT_STARTTLS => {
+                assert!(self.option(option, &[]).is_none(), "without TLS nothing is asked");
+            }
             NBD_OPT_LIST
             | NBD_OPT_STARTTLS
             | NBD_OPT_INFO
@@ -460,6 +534,11 @@ impl Handshake {
         match refusal {
             Refusal::Unknown(why) => self.error(option, NBD_REP_ERR_UNKNOWN, why),
             Refusal::Policy(why) => self.error(option, NBD_REP_ERR_POLICY, why),
+            // The specification knows this answer to requests to see or use an export, and when nothing goes without.
+            Refusal::TlsRequired if self.tls == Tls::Required || matches!(option, NBD_OPT_INFO | NBD_OPT_GO) => {
+                self.error(option, NBD_REP_ERR_TLS_REQD, "this needs TLS");
+            }
+            Refusal::TlsRequired => self.error(option, NBD_REP_ERR_POLICY, "this export needs TLS"),
             Refusal::Shutdown => self.error(option, NBD_REP_ERR_SHUTDOWN, "the server is shutting down"),
         }
     }

@@ -98,6 +98,8 @@ pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
 pub const NBD_REP_ERR_POLICY: u32 = (1 << 31) + 2;
 /// Option error: malformed or out of place.
 pub const NBD_REP_ERR_INVALID: u32 = (1 << 31) + 3;
+/// Option error: not without TLS.
+pub const NBD_REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
 /// Option error: the export is not available.
 pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 /// Option error: the server is shutting down.

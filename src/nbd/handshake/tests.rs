@@ -4,6 +4,8 @@ use super::*;
 use crate::nbd::{NBD_FLAG_HAS_FLAGS, NBD_OPT_EXTENDED_HEADERS};
 use proptest::prelude::*;
 
+mod tls;
+
 fn info() -> ExportInfo {
     ExportInfo {
         name: "disk".into(),
@@ -179,7 +181,7 @@ fn structured_replies_bring_df() {
 #[test]
 fn options_we_do_not_have() {
     let mut h = ready();
-    for unknown in [4, NBD_OPT_STARTTLS, NBD_OPT_EXTENDED_HEADERS, 77, u32::MAX] {
+    for unknown in [4, NBD_OPT_EXTENDED_HEADERS, 77, u32::MAX] {
         assert_eq!(kinds(&mut h, unknown, b""), [NBD_REP_ERR_UNSUP]);
     }
     assert_eq!(kinds(&mut h, 77, b"with data"), [NBD_REP_ERR_UNSUP]);
@@ -331,6 +333,7 @@ fn observe(stream: &[u8], pieces: &[usize]) -> (Vec<u8>, Vec<Step>, Vec<u8>) {
             Step::Export { ref name, .. } if name == "disk" => h.export(Ok(info())),
             Step::Export { .. } => h.export(Err(Refusal::Unknown("none".into()))),
             Step::List => h.list(Ok(vec!["disk".into()])),
+            Step::StartTls => h.tls_started(),
             Step::Transmission(_) | Step::Close(_) => {
                 steps.push(step);
                 break;

@@ -71,6 +71,7 @@ pub(super) async fn negotiate(
             }
             Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(context.registry.names())),
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
+            Step::StartTls => unreachable!("TLS was not offered"),
             Step::Transmission(agreed) => return Ok((agreed, handshake.into_rest())),
             Step::Close(Closing::Aborted) => return Err(NoDeal::Aborted),
             Step::Close(Closing::Refused(refusal)) => return Err(NoDeal::Refused(words(refusal))),
@@ -221,6 +222,7 @@ fn refused(e: &AttachError) -> Refusal {
 fn words(refusal: Refusal) -> String {
     match refusal {
         Refusal::Unknown(why) | Refusal::Policy(why) => why,
+        Refusal::TlsRequired => "it needs TLS".into(),
         Refusal::Shutdown => "server is shutting down".into(),
     }
 }
