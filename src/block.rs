@@ -7,6 +7,7 @@ use crate::pagebuf::PageBuf;
 use crate::units::{ByteRange, GuestOffset};
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 
 /// A Linux error number, as a machine wants it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,6 +97,63 @@ pub struct Extent {
     pub zero: bool,
 }
 
+/// What block status is asked about: a meta context of NBD.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Context {
+    /// `base:allocation`: [`Run::HOLE`] and [`Run::ZERO`].
+    Allocation,
+    /// `qemu:allocation-depth`: which layer of the chain holds it, 1 being the top one; 0: none does.
+    Depth,
+    /// `qemu:dirty-bitmap:NAME`: [`Run::DIRTY`] where the image's bitmap of this name has bits.
+    Bitmap(Arc<str>),
+    /// `cowgate:since-parent`: [`Run::DIRTY`] where the disk is not what its backing file holds there.
+    SinceParent,
+}
+
+/// A context that is offered, under a name. One context may have several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedContext {
+    /// With its namespace, as NBD clients ask for it.
+    pub name: String,
+    /// What it stands for.
+    pub context: Context,
+}
+
+/// One run of the virtual disk with one status in a context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// As the context defines it.
+    pub status: u32,
+}
+
+impl Run {
+    /// `base:allocation`: no storage holds the run anywhere in the chain.
+    pub const HOLE: u32 = 1;
+    /// `base:allocation`: the run reads as zeroes.
+    pub const ZERO: u32 = 2;
+    /// A bitmap: the run was changed.
+    pub const DIRTY: u32 = 1;
+
+    /// Appends a run, joined to the last one of the same status.
+    pub fn push(runs: &mut Vec<Run>, len: u64, status: u32) {
+        match runs.last_mut() {
+            Some(last) if last.status == status => last.len += len,
+            _ if len > 0 => runs.push(Run { len, status }),
+            _ => {}
+        }
+    }
+}
+
+impl From<Extent> for Run {
+    fn from(extent: Extent) -> Run {
+        let hole = if extent.hole { Run::HOLE } else { 0 };
+        let zero = if extent.zero { Run::ZERO } else { 0 };
+        Run { len: extent.len, status: hole | zero }
+    }
+}
+
 /// A request's kind, with the buffer it carries.
 #[derive(Debug)]
 pub enum Op {
@@ -109,9 +167,11 @@ pub enum Op {
     Discard,
     /// Everything completed before this request becomes durable.
     Flush,
-    /// Report allocation status from the start of the range.
-    Extents {
-        /// More extents than these are not wanted.
+    /// Report status from the start of the range.
+    Status {
+        /// What about.
+        context: Context,
+        /// More runs than these are not wanted.
         most: usize,
     },
     /// The range will be read soon.
@@ -194,8 +254,8 @@ pub struct Completion {
     pub result: Result<(), Errno>,
     /// The request's buffer comes back, filled for a read that succeeded.
     pub buf: Option<PageBuf>,
-    /// Allocation status, contiguous from the start of the range; empty for other requests.
-    pub extents: Vec<Extent>,
+    /// Status, contiguous from the start of the range, neighbours differing; empty for other requests.
+    pub runs: Vec<Run>,
 }
 
 /// A block device as frontends see it. One value per thread; nothing here is `Send`.
@@ -217,9 +277,10 @@ pub trait BlockDev: 'static {
     async fn discard(&self, r: ByteRange) -> Result<(), Errno>;
     /// Everything completed before this call is durable when it returns success.
     async fn flush(&self) -> Result<(), Errno>;
-    /// Allocation status from the start of `r`, contiguous, at least one extent, at most `most` of them, not beyond
-    /// `r`. May stop early when an answer for all of it would be too long.
-    async fn extents(&self, r: ByteRange, most: usize) -> Result<Vec<Extent>, Errno>;
+    /// Status in a context from the start of `r`, which is not empty: contiguous, at least one run, at most `most` of
+    /// them, neighbours differing, not beyond `r`. May stop early when an answer for all of it would be too long or
+    /// take too long. EINVAL for a context that the device does not offer.
+    async fn status(&self, context: &Context, r: ByteRange, most: usize) -> Result<Vec<Run>, Errno>;
     /// Reads the range into the page cache, as far as that is cheap.
     async fn cache(&self, r: ByteRange) -> Result<(), Errno>;
 }
@@ -240,8 +301,11 @@ mod tests {
         assert_eq!(try_op(Op::Discard, 512, 4096).unwrap_err(), Errno::EINVAL);
         assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), 512, 4096).unwrap_err(), Errno::ENOSPC);
         assert_eq!(try_op(Op::WriteZeroes(ZeroFlags::default()), u64::MAX, 512).unwrap_err(), Errno::ENOSPC);
-        assert_eq!(try_op(Op::Extents { most: 1 }, u64::MAX - 511, 512).unwrap_err(), Errno::EINVAL);
-        assert_eq!(try_op(Op::Extents { most: 1 }, 1, 512).unwrap_err(), Errno::EINVAL);
+        assert_eq!(
+            try_op(Op::Status { context: Context::Allocation, most: 1 }, u64::MAX - 511, 512).unwrap_err(),
+            Errno::EINVAL
+        );
+        assert_eq!(try_op(Op::Status { context: Context::Allocation, most: 1 }, 1, 512).unwrap_err(), Errno::EINVAL);
         assert!(try_op(Op::Flush, 77, 3).is_ok());
     }
 

@@ -5,6 +5,7 @@
 
 use super::config::ExportConfig;
 use super::locked;
+use crate::block::NamedContext;
 use crate::image::{self, Disk, FileId, Gate, Image, OpenOptions, Opener};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -53,16 +54,29 @@ impl Images {
     /// The size in bytes of the disk in a file of an export, and whether it is marked corrupt. Nothing is locked.
     pub(super) async fn describe(&self, path: &Path, config: &ExportConfig) -> Result<(u64, bool), image::Error> {
         let opener = Opener::new(path)?;
-        let snapshot = &config.image.snapshot;
-        let slot = locked(&self.table).slots.get(&opener.id()).cloned();
-        let open = slot.and_then(|slot| slot.try_lock().ok().and_then(|slot| slot.get(snapshot)));
-        match open.filter(|image| image.format() == config.format) {
+        match self.open_already(&opener, config) {
             Some(image) => Ok((image.size(), image.marked_corrupt())),
             None => {
-                let size = opener.virtual_size(config.format, snapshot.as_deref()).await?;
+                let size = opener.virtual_size(config.format, config.image.snapshot.as_deref()).await?;
                 Ok((size, opener.marked_corrupt(config.format).await?))
             }
         }
+    }
+
+    /// The contexts that the disk in a file of an export offers. Nothing is locked.
+    pub(super) async fn contexts(&self, path: &Path, config: &ExportConfig) -> Result<Vec<NamedContext>, image::Error> {
+        let opener = Opener::new(path)?;
+        match self.open_already(&opener, config) {
+            Some(image) => Ok(image.contexts().await),
+            None => opener.contexts(config.format, config.image.snapshot.is_some()).await,
+        }
+    }
+
+    /// The image in a file of an export, if a client has it open.
+    fn open_already(&self, opener: &Opener, config: &ExportConfig) -> Option<Arc<Image>> {
+        let slot = locked(&self.table).slots.get(&opener.id()).cloned()?;
+        let open = slot.try_lock().ok()?.get(&config.image.snapshot)?;
+        (open.format() == config.format).then_some(open)
     }
 
     /// The image in a file of an export, opened if it is not.

@@ -10,7 +10,7 @@ use super::registry::Shared;
 use super::storage::Storage;
 use super::usage::{Connection, Totals};
 use super::{locked, write};
-use crate::block::{BlockDev, Completion, Errno, Geometry, Op, Request};
+use crate::block::{BlockDev, Completion, Errno, Geometry, NamedContext, Op, Request};
 use crate::image::{self, Device, FileId, Gate, Image};
 use crate::ring::Peer;
 use std::rc::Rc;
@@ -302,6 +302,12 @@ impl Export {
         Storage::describe(&self.shared.images, &self.config).await.map_err(|e| AttachError::image(&self.config, e))
     }
 
+    /// The contexts a client would get, in the same way.
+    pub async fn contexts(&self, peer: Peer) -> Result<Vec<NamedContext>, AttachError> {
+        self.admit(peer)?;
+        Storage::contexts(&self.shared.images, &self.config).await.map_err(|e| AttachError::image(&self.config, e))
+    }
+
     /// Turns a client away whose address the `authfile` does not name.
     fn admit(&self, peer: Peer) -> Result<(), AttachError> {
         let Some(file) = &self.config.client.auth_file else { return Ok(()) };
@@ -414,7 +420,7 @@ impl Export {
         let (range, fua) = (request.range(), request.fua());
         let op = request.into_op();
         let durable = (fua || self.config.client.sync) && op.writes();
-        let mut done = Completion { result: Ok(()), buf: None, extents: Vec::new() };
+        let mut done = Completion { result: Ok(()), buf: None, runs: Vec::new() };
         match op {
             Op::Read(buf) => {
                 let (result, buf) = disk.read(range.start(), buf).await;
@@ -427,9 +433,9 @@ impl Export {
             Op::WriteZeroes(flags) => done.result = disk.write_zeroes(range, flags).await,
             Op::Discard => done.result = disk.discard(range).await,
             Op::Flush => done.result = disk.flush().await,
-            Op::Extents { .. } if range.is_empty() => done.result = Err(Errno::EINVAL),
-            Op::Extents { most } => match disk.extents(range, most).await {
-                Ok(extents) => done.extents = extents,
+            Op::Status { .. } if range.is_empty() => done.result = Err(Errno::EINVAL),
+            Op::Status { context, most } => match disk.status(&context, range, most).await {
+                Ok(runs) => done.runs = runs,
                 Err(e) => done.result = Err(e),
             },
             Op::Cache => done.result = disk.cache(range).await,

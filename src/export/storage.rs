@@ -4,10 +4,10 @@
 use super::config::ExportConfig;
 use super::images::{Images, local_disk};
 use super::service::AttachError;
-use crate::block::{Errno, Geometry};
+use crate::block::{Errno, Geometry, NamedContext};
 use crate::image::create::create_raw;
 use crate::image::device::{exported_size, parts_of, total};
-use crate::image::{self, Device, Disk, Format, Image, scratch};
+use crate::image::{self, Device, Disk, Format, Image, contexts, scratch};
 use futures_util::future::join_all;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -93,6 +93,17 @@ impl Storage {
         let size = exported_size(&config.path, total(sizes), keys.file_size)?;
         let writable = !config.read_only && (!corrupt || keys.copy_on_write.is_some());
         Ok(Disk::geometry_for(size, writable))
+    }
+
+    /// The contexts that device would offer, found in the same way.
+    pub(super) async fn contexts(images: &Images, config: &ExportConfig) -> Result<Vec<NamedContext>, image::Error> {
+        if makes_file(config) && !exists(config) {
+            return Ok(contexts::of_parts());
+        }
+        match &existing_paths(config)?[..] {
+            [path] => images.contexts(path, config).await,
+            _ => Ok(contexts::of_parts()),
+        }
     }
 
     /// What the client reads and writes.

@@ -439,7 +439,8 @@ impl<'a> Work<'a> {
             let (mut at, end) = (first << granularity, (last << granularity).min(size));
             while at < end {
                 let part = ByteRange::between(at, (at + window).min(end));
-                let runs = source.disk.runs_of(&source.bitmap, &Ranges::default(), part, usize::MAX - 1).await;
+                let runs =
+                    source.disk.runs_of(&source.bitmap, &Ranges::default(), part, usize::MAX - 1, usize::MAX).await;
                 for (len, set) in runs.map_err(io(source.disk.image().path()))? {
                     if set {
                         let (from, to) = (at >> granularity, ((at + len - 1) >> granularity) + 1);

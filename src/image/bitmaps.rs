@@ -7,7 +7,7 @@
 //!
 //! The order holds whoever calls when: a write that finds the marks gone sets them again before it goes on.
 
-use super::disk::Disk;
+use super::disk::{Disk, TURN};
 use super::shared::unpoisoned;
 use crate::block::Errno;
 use crate::pagebuf::PageBuf;
@@ -25,6 +25,12 @@ use tracing::{error, warn};
 const MAX_RANGES: usize = 1 << 18;
 /// Bitmap tables read together when an image is opened.
 const TABLES_IN_FLIGHT: usize = 64;
+/// Table entries read at once for what a bitmap tells.
+const TABLE_WINDOW: usize = 4096;
+/// Bits looked at together.
+const PAGE_BITS: u64 = 32_768;
+/// Ranges that are noted and not stored yet, for each piece of a bitmap that is looked at.
+const NOTES_PER_PIECE: usize = 8;
 /// Name of bitmap data in messages about clusters.
 const DATA: &str = "bitmap data";
 
@@ -469,11 +475,18 @@ impl Disk {
     }
 
     pub(super) async fn read_table(&self, bitmap: &Bitmap) -> Result<Vec<TableEntry>, Errno> {
-        let bytes = self.read_exactly(bitmap.table, u64::from(bitmap.table_entries) * 8).await?;
+        self.read_entries(bitmap, 0, bitmap.table_entries as usize).await
+    }
+
+    /// Entries of a bitmap's table from `first` on, as many as it has, at most `most`.
+    async fn read_entries(&self, bitmap: &Bitmap, first: usize, most: usize) -> Result<Vec<TableEntry>, Errno> {
+        let count = (bitmap.table_entries as usize).saturating_sub(first).min(most) as u64;
+        let at = HostOffset(bitmap.table.0 + first as u64 * 8);
+        let bytes = self.read_exactly(at, count * 8).await?;
         let layout = self.metadata().layout();
         bitmap::parse_table(&bytes, layout).map_err(|why| {
             let (path, name) = (self.image().path().display(), bitmap.display_name());
-            error!("{path}: table of bitmap {name:?}: {why}");
+            error!("{path}: table of bitmap {name:?} from entry {first} on: {why}");
             Errno::EIO
         })
     }
@@ -500,6 +513,17 @@ impl Disk {
     /// Where a bitmap says that the disk was written: the runs of `range`, at most `most` of them, from its start. What
     /// is noted and not stored yet counts. The error says why the bitmap cannot be used.
     pub async fn dirty_runs(&self, name: &[u8], range: ByteRange, most: usize) -> Result<DirtyRuns, String> {
+        self.some_dirty_runs(name, range, most, usize::MAX).await
+    }
+
+    /// The same, of as much of the range as `pieces` of the bitmap tell, as [`Disk::runs_of`] counts them.
+    pub(super) async fn some_dirty_runs(
+        &self,
+        name: &[u8],
+        range: ByteRange,
+        most: usize,
+        pieces: usize,
+    ) -> Result<DirtyRuns, String> {
         let missing = || format!("there is no bitmap {:?}", String::from_utf8_lossy(name));
         let bitmaps = self.bitmaps().ok_or_else(missing)?;
         let stored = bitmaps.stored.lock().await;
@@ -508,46 +532,71 @@ impl Disk {
         let named = |why: &str| format!("bitmap {:?}: {why}", String::from_utf8_lossy(name));
         stored.good(index, size, layout).map_err(named)?;
         let bitmap = &stored.list[index];
-        let noted = match stored.tracked.contains(&index) {
-            true => unpoisoned(&bitmaps.noted).tracker.ranges(bitmap.granularity_bits).cloned().unwrap_or_default(),
-            false => Ranges::default(),
-        };
-        self.runs_of(bitmap, &noted, range, most).await.map_err(|e| named(&format!("it cannot be read: {e}")))
+        let mut range = range;
+        let mut noted = Ranges::default();
+        if stored.tracked.contains(&index) && !range.is_empty() {
+            let bits = bitmap.granularity_bits;
+            let (from, to) = (range.start().0 >> bits, ((range.end().0 - 1) >> bits) + 1);
+            let taken = unpoisoned(&bitmaps.noted);
+            if let Some(ranges) = taken.tracker.ranges(bits) {
+                let (part, end) = ranges.part(from, to, pieces.saturating_mul(NOTES_PER_PIECE));
+                (noted, range) = (part, range.clip(end << bits));
+            }
+        }
+        let runs = self.runs_of(bitmap, &noted, range, most, pieces).await;
+        runs.map_err(|e| named(&format!("it cannot be read: {e}")))
     }
 
-    /// The runs of a bitmap with further bits set.
+    /// The runs of a bitmap with further bits set, of as much of the range as `pieces` of it tell: pages of bits, or what
+    /// one table entry stands for.
     pub(super) async fn runs_of(
         &self,
         bitmap: &Bitmap,
         more: &Ranges,
         range: ByteRange,
         most: usize,
+        pieces: usize,
     ) -> Result<DirtyRuns, Errno> {
         let layout = self.metadata().layout();
         let per_cluster = layout.cluster() * 8;
         let granularity = bitmap.granularity_bits;
-        let table = self.read_table(bitmap).await?;
+        let mut table = (0, Vec::new());
         let mut runs = DirtyRuns::new();
         let (mut at, end) = (range.start().0, range.end().0);
         // one run more than asked for, so that the last one is whole
-        while at < end && runs.len() <= most {
+        for piece in 0..pieces {
+            if at >= end || runs.len() > most {
+                break;
+            }
+            if piece % TURN == TURN - 1 {
+                ring::yield_now().await;
+            }
             let bit = at >> granularity;
             let index = (bit / per_cluster) as usize;
             let first = index as u64 * per_cluster;
-            // a page of bits at a time
-            let stop = (bit / 32_768 + 1) * 32_768;
-            let stop = stop.min(first + per_cluster).min(((end - 1) >> granularity) + 1);
-            let mut bytes = vec![0; (stop - bit / 8 * 8).div_ceil(8) as usize];
-            let base = bit / 8 * 8;
-            match table.get(index) {
-                Some(TableEntry::Ones) => bytes.fill(0xff),
-                Some(TableEntry::Data(data)) => {
-                    let from = HostOffset(data.0 + (base - first) / 8);
-                    let len = bytes.len() as u64;
-                    bytes.copy_from_slice(&self.read_exactly(from, len).await?);
-                }
-                Some(TableEntry::Zeros) | None => {}
+            let last = (first + per_cluster).min(((end - 1) >> granularity) + 1);
+            if !(table.0..table.0 + table.1.len()).contains(&index) {
+                table = (index, self.read_entries(bitmap, index, TABLE_WINDOW).await?);
             }
+            let entry = table.1.get(index - table.0);
+            let uniform = match entry {
+                Some(TableEntry::Data(_)) => None,
+                Some(TableEntry::Ones) => Some(true),
+                Some(TableEntry::Zeros) | None => more.within(bit, last).next().is_none().then_some(false),
+            };
+            if let Some(set) = uniform {
+                let next = (last << granularity).min(end);
+                bitmap::push_run(&mut runs, next - at, set);
+                at = next;
+                continue;
+            }
+            let stop = ((bit / PAGE_BITS + 1) * PAGE_BITS).min(last);
+            let base = bit / 8 * 8;
+            let len = (stop - base).div_ceil(8);
+            let mut bytes = match entry {
+                Some(TableEntry::Data(data)) => self.read_exactly(HostOffset(data.0 + (base - first) / 8), len).await?,
+                _ => PageBuf::zeroed(len as usize),
+            };
             for (from, to) in more.within(bit, stop) {
                 bitmap::set_bits(&mut bytes, (from - base) as usize, (to - base) as usize);
             }

@@ -3,9 +3,9 @@
 //! Every part is an image of its own, with its own lock and metadata. Promises: parts may have any size; a request that
 //! crosses a border is cut there; the answer is the same as one large disk would give. The registry makes them.
 
-use super::disk::{MAX_PAYLOAD, add, join_parts};
-use super::{Disk, Error};
-use crate::block::{BlockDev, Errno, Extent, Geometry, ZeroFlags};
+use super::disk::{MAX_PAYLOAD, join_parts};
+use super::{Disk, Error, contexts};
+use crate::block::{BlockDev, Context, Errno, Geometry, NamedContext, Run, ZeroFlags};
 use crate::pagebuf::PageBuf;
 use crate::units::{ByteRange, GuestOffset};
 use futures_util::future::join_all;
@@ -104,6 +104,14 @@ impl Device {
         self.parts.iter().map(|part| &part.disk)
     }
 
+    /// The contexts it offers.
+    pub async fn contexts(&self) -> Vec<NamedContext> {
+        match &self.parts[..] {
+            [part] => part.disk.image().contexts().await,
+            _ => contexts::of_parts(),
+        }
+    }
+
     /// The parts that a range touches, each with the range in it.
     fn cut(&self, range: ByteRange) -> impl Iterator<Item = (&Rc<Disk>, ByteRange)> {
         let (start, end) = (range.start().0, range.end().0);
@@ -190,20 +198,24 @@ impl BlockDev for Device {
         join_all(self.disks().map(|disk| disk.flush())).await.into_iter().fold(Ok(()), Result::and)
     }
 
-    async fn extents(&self, r: ByteRange, most: usize) -> Result<Vec<Extent>, Errno> {
-        let mut extents: Vec<Extent> = Vec::new();
+    async fn status(&self, context: &Context, r: ByteRange, most: usize) -> Result<Vec<Run>, Errno> {
+        if let [part] = &self.parts[..] {
+            return part.disk.status(context, r, most).await;
+        }
+        if matches!(context, Context::Bitmap(_) | Context::SinceParent) {
+            return Err(Errno::EINVAL);
+        }
+        let mut runs: Vec<Run> = Vec::new();
         for (disk, range) in self.cut(r) {
-            let found = disk.extents(range, most).await?;
-            let told: u64 = found.iter().map(|extent| extent.len).sum();
-            for extent in found {
-                add(&mut extents, extent.len, extent.hole, extent.zero);
-            }
-            if told < range.len() || extents.len() > most {
+            let found = disk.status(context, range, most).await?;
+            let told: u64 = found.iter().map(|run| run.len).sum();
+            found.into_iter().for_each(|run| Run::push(&mut runs, run.len, run.status));
+            if told < range.len() || runs.len() > most {
                 break;
             }
         }
-        extents.truncate(most);
-        Ok(extents)
+        runs.truncate(most);
+        Ok(runs)
     }
 
     async fn cache(&self, r: ByteRange) -> Result<(), Errno> {
@@ -267,8 +279,11 @@ mod tests {
                             assert!(result.is_ok() && back[..] == model[at..at + len]);
                         }
                         _ => {
-                            let extents = device.extents(range, 100).await.unwrap();
-                            assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), len as u64);
+                            for context in [Context::Allocation, Context::Depth] {
+                                let runs = device.status(&context, range, 100).await.unwrap();
+                                assert_eq!(runs.iter().map(|run| run.len).sum::<u64>(), len as u64);
+                                assert!(runs.windows(2).all(|pair| pair[0].status != pair[1].status));
+                            }
                         }
                     }
                 }

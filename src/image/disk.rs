@@ -5,7 +5,7 @@
 
 use super::shared::{Content, Image, Storage};
 use super::{Error, Format, raw};
-use crate::block::{BlockDev, Errno, Extent, Geometry, ZeroFlags};
+use crate::block::{BlockDev, Context, Errno, Geometry, Run, ZeroFlags};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::{
     Allocation, CompressedRange, Map, Mapped, Metadata, Source, Table, Write, Zero, ZeroMode, compress,
@@ -14,7 +14,7 @@ use crate::ring;
 use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
 use futures_util::future::join_all;
 use futures_util::stream::{self, Stream, StreamExt};
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, MutexGuard};
 
@@ -22,14 +22,12 @@ use std::sync::{Arc, MutexGuard};
 pub const MAX_PAYLOAD: u32 = 32 << 20;
 /// I/O operations of one request in flight together.
 const PIECES_IN_FLIGHT: usize = 64;
-/// Extents one status answer holds at most.
-const MAX_EXTENTS: usize = 1 << 16;
-/// Runs of the chain looked at together for a status answer.
-const EXTENT_BATCH: usize = 256;
+/// Runs of the chain that are read into the page cache for one request.
+const MAX_CACHED: usize = 1 << 16;
 /// A write into new clusters of at most this many bytes goes out as one piece with what surrounds it.
 const ONE_PIECE: u64 = 256 << 10;
 /// Decisions made for one long request before other tasks of the worker get a turn.
-const TURN: usize = 64;
+pub(super) const TURN: usize = 64;
 
 /// An image as one thread uses it.
 pub struct Disk {
@@ -38,6 +36,8 @@ pub struct Disk {
     /// External data files, where layers have one.
     data_files: Vec<Option<ring::File>>,
     writable: bool,
+    /// The image that this one is a temporary layer over, opened when somebody asks for something of its own.
+    below: OnceCell<Rc<Disk>>,
     /// A write-back nobody waits for is running from this disk.
     writing_back: Cell<bool>,
     me: Weak<Disk>,
@@ -45,16 +45,16 @@ pub struct Disk {
 
 /// Where a run of a request comes from, through the whole chain.
 #[derive(Clone, Copy, Debug)]
-enum From {
+pub(super) enum From {
     Zero { reserved: bool },
     File { layer: usize, host: HostOffset },
     Packed { layer: usize, packed: CompressedRange },
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Piece {
-    range: ByteRange,
-    from: From,
+pub(super) struct Piece {
+    pub range: ByteRange,
+    pub from: From,
 }
 
 /// Keeps host clusters of the exported layer from being reused while an operation may touch them.
@@ -93,8 +93,18 @@ impl Disk {
             files.push(layer.open_file(write)?);
             data_files.push(layer.open_data_file(write)?);
         }
-        let writing_back = Cell::new(false);
-        Ok(Rc::new_cyclic(|me| Disk { image, files, data_files, writable, writing_back, me: me.clone() }))
+        let (below, writing_back) = (OnceCell::new(), Cell::new(false));
+        Ok(Rc::new_cyclic(|me| Disk { image, files, data_files, writable, below, writing_back, me: me.clone() }))
+    }
+
+    /// The image that this one is a temporary layer over, if it is one.
+    pub(super) fn disk_below_temporary(&self) -> Result<Option<Rc<Disk>>, Error> {
+        let Some(base) = self.image.below_temporary() else { return Ok(None) };
+        if let Some(below) = self.below.get() {
+            return Ok(Some(Rc::clone(below)));
+        }
+        let below = Disk::open(Arc::clone(base), false)?;
+        Ok(Some(Rc::clone(self.below.get_or_init(|| below))))
     }
 
     /// What a disk of `size` bytes offers.
@@ -179,7 +189,7 @@ impl Disk {
 
     /// Resolves a range through the chain, at most `limit` pieces from its start, and fewer when that takes long: runs that
     /// are joined cost too.
-    async fn resolve(&self, range: ByteRange, limit: usize) -> Result<Vec<Piece>, Errno> {
+    pub(super) async fn resolve(&self, range: ByteRange, limit: usize) -> Result<Vec<Piece>, Errno> {
         let mut pieces: Vec<Piece> = Vec::new();
         // what is still to be resolved, last first: (layer, range)
         let mut todo = vec![(0, range)];
@@ -687,40 +697,13 @@ impl BlockDev for Disk {
         }
     }
 
-    async fn extents(&self, r: ByteRange, most: usize) -> Result<Vec<Extent>, Errno> {
-        let _operation = self.operation();
-        let most = most.min(MAX_EXTENTS);
-        let mut extents: Vec<Extent> = Vec::new();
-        let mut rest = r;
-        // a batch at a time: who wants one extent of a fragmented disk does not wait for all of them
-        for _ in 0..MAX_EXTENTS / EXTENT_BATCH {
-            if rest.is_empty() || extents.len() > most {
-                break;
-            }
-            for piece in self.resolve(rest, EXTENT_BATCH).await? {
-                rest = rest.skip(piece.range.len());
-                match piece.from {
-                    From::Zero { reserved } => add(&mut extents, piece.range.len(), !reserved, true),
-                    From::Packed { .. } => add(&mut extents, piece.range.len(), false, false),
-                    From::File { layer, host } => {
-                        let run = HostRange::new(host, piece.range.len());
-                        for (len, hole) in self.file_extents(layer, run, most) {
-                            add(&mut extents, len, hole, hole);
-                        }
-                    }
-                }
-                if extents.len() > most {
-                    break;
-                }
-            }
-        }
-        extents.truncate(most);
-        Ok(extents)
+    async fn status(&self, context: &Context, r: ByteRange, most: usize) -> Result<Vec<Run>, Errno> {
+        self.status_in(context, r, most).await
     }
 
     async fn cache(&self, r: ByteRange) -> Result<(), Errno> {
         let _operation = self.operation();
-        for piece in self.resolve(r, MAX_EXTENTS).await? {
+        for piece in self.resolve(r, MAX_CACHED).await? {
             if let From::File { layer, host } = piece.from
                 && let Storage::File { file, .. } = self.image.layers[layer].data_storage()
             {
@@ -728,13 +711,5 @@ impl BlockDev for Disk {
             }
         }
         Ok(())
-    }
-}
-
-/// Appends an extent, joined to the last of the same kind.
-pub(super) fn add(extents: &mut Vec<Extent>, len: u64, hole: bool, zero: bool) {
-    match extents.last_mut() {
-        Some(last) if last.hole == hole && last.zero == zero => last.len += len,
-        _ => extents.push(Extent { len, hole, zero }),
     }
 }

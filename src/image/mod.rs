@@ -13,6 +13,7 @@ pub mod check;
 mod claim;
 pub mod commit;
 pub mod compare;
+pub mod contexts;
 pub mod convert;
 pub mod create;
 pub mod device;

@@ -8,8 +8,10 @@ use super::check::Subject;
 use super::claim;
 use super::lock;
 use super::shared::{Content, DataFile, FileId, Image, Layer, Storage, locked};
-use super::{Error, Format};
+use super::{Error, Format, contexts};
+use crate::block::NamedContext;
 use crate::pagebuf::PageBuf;
+use crate::qcow2::bitmap::Bitmap;
 use crate::qcow2::header::{MAGIC, PEEK_BYTES, autoclear};
 use crate::qcow2::metadata::Surroundings;
 use crate::qcow2::snapshot::{self, Snapshot};
@@ -351,6 +353,23 @@ impl Opener {
     /// Whether the image is marked corrupt. Nothing is locked.
     pub async fn marked_corrupt(&self, format: Format) -> Result<bool, Error> {
         Ok(format == Format::Qcow2 && self.parse_header().await?.corrupt)
+    }
+
+    /// The contexts that the disk in this file, or an internal snapshot of it, offers. Nothing is locked; bitmaps that
+    /// cannot be read are none.
+    pub async fn contexts(&self, format: Format, snapshot: bool) -> Result<Vec<NamedContext>, Error> {
+        if format == Format::Raw {
+            return Ok(contexts::of_image(&[], false));
+        }
+        let header = self.parse_header().await?;
+        let list = match snapshot {
+            true => None,
+            false => bitmaps::read_directory(&self.ring_file()?, &header, self.len).await.ok().flatten(),
+        };
+        let list = list.unwrap_or_default();
+        let usable = |bitmap: &Bitmap| bitmap.unusable(header.size, header.layout).is_none();
+        let list: Vec<_> = list.iter().map(|bitmap| (&bitmap.name[..], usable(bitmap))).collect();
+        Ok(contexts::of_image(&list, header.backing_file.is_some()))
     }
 
     pub(super) fn ring_file(&self) -> Result<ring::File, Error> {

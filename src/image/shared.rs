@@ -299,6 +299,11 @@ impl Image {
         self.base.is_some()
     }
 
+    /// The image that it is a temporary layer over.
+    pub(super) fn below_temporary(&self) -> Option<&Arc<Image>> {
+        self.base.as_ref().map(|still| &still.0)
+    }
+
     /// Device and inode of the exported file.
     pub fn id(&self) -> FileId {
         self.id

@@ -345,6 +345,13 @@ impl Ranges {
         parts.filter(|(s, e)| s < e)
     }
 
+    /// The ranges inside `start..end`, at most `most` of them, and where the part ends that they are all of.
+    pub fn part(&self, start: u64, end: u64, most: usize) -> (Ranges, u64) {
+        let mut within = self.within(start, end);
+        let part = Ranges(within.by_ref().take(most).collect());
+        (part, within.next().map_or(end, |(next, _)| next))
+    }
+
     /// Number of ranges: what memory they take.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -6,7 +6,7 @@
 use super::gauge::Permit;
 use super::out::HIGH_WATER;
 use super::session::{Session, Ticket};
-use crate::block::{Completion, Errno, Op};
+use crate::block::{Completion, Context, Errno, Extent, Op, Run};
 use crate::nbd::{MAX_DESCRIPTORS, reply};
 use crate::pagebuf::{PAGE, PageBuf};
 use futures_util::FutureExt;
@@ -198,8 +198,11 @@ pub(super) async fn effect(ticket: Ticket, op: Op, offset: u64, len: u32, fua: b
 
 /// A block status request; `len` is not zero.
 pub(super) async fn block_status(ticket: Ticket, offset: u64, len: u32, one: bool) {
-    let op = Op::Extents { most: if one { 1 } else { MAX_DESCRIPTORS } };
-    let Completion { result, extents, .. } = ticket.session().submit(op, offset, u64::from(len), false).await;
+    let op = Op::Status { context: Context::Allocation, most: if one { 1 } else { MAX_DESCRIPTORS } };
+    let Completion { result, runs, .. } = ticket.session().submit(op, offset, u64::from(len), false).await;
+    let extent =
+        |run: Run| Extent { len: run.len, hole: run.status & Run::HOLE != 0, zero: run.status & Run::ZERO != 0 };
+    let extents: Vec<_> = runs.into_iter().map(extent).collect();
     match result {
         Ok(()) if extents.is_empty() => ticket.fail(Errno::EIO),
         Ok(()) => {

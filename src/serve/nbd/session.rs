@@ -36,9 +36,9 @@ impl Session {
     pub(super) async fn submit(&self, op: Op, offset: u64, len: u64, fua: bool) -> Completion {
         let nothing = len == 0 && !matches!(op, Op::Flush);
         match Request::new(op, offset, len, fua, &self.geometry) {
-            Ok(_) if nothing => Completion { result: Ok(()), buf: None, extents: Vec::new() },
+            Ok(_) if nothing => Completion { result: Ok(()), buf: None, runs: Vec::new() },
             Ok(request) => self.export.submit(&*self.device, request).await,
-            Err(e) => Completion { result: Err(e), buf: None, extents: Vec::new() },
+            Err(e) => Completion { result: Err(e), buf: None, runs: Vec::new() },
         }
     }
 }
