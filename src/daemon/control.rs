@@ -4,7 +4,9 @@
 
 use super::notify;
 use super::reload::{Pass, Reload};
+use crate::export::config::ServerConfig;
 use crate::export::control::{Applied, Outcome, Request};
+use crate::export::limit_keys::LiveLimits;
 use crate::export::registry::Registry;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,11 +23,28 @@ const LOOK_SHARE: u32 = 20;
 /// How long a client waits for a half-written file that may hold its export.
 const MISSING_LIMIT: Duration = Duration::from_secs(2);
 
+/// Settings that a reload changes without a restart, as the frontends see them.
+#[derive(Clone)]
+pub struct Live {
+    /// Follows `allowlist`.
+    pub list_allowed: Arc<AtomicBool>,
+    /// Follow the keys of limits.
+    pub limits: Arc<LiveLimits>,
+}
+
+impl Live {
+    /// The settings of a start.
+    pub fn new(server: &ServerConfig) -> Live {
+        let list_allowed = Arc::new(AtomicBool::new(server.list_allowed));
+        Live { list_allowed, limits: Arc::new(LiveLimits::new(server.limits.clone())) }
+    }
+}
+
 /// Reloads under way, and who waits for them.
 pub struct Control {
     reload: Reload,
     registry: Arc<Registry>,
-    list_allowed: Arc<AtomicBool>,
+    live: Live,
     /// The next pass of the series under way.
     next_pass: Option<Instant>,
     /// Clients miss exports that were not looked for yet; from then on they may be.
@@ -44,12 +63,12 @@ struct Missing {
 }
 
 impl Control {
-    /// Takes a start's first pass over, which is applied at once. `list_allowed` follows `allowlist` from then on.
-    pub fn new(reload: Reload, first: Pass, registry: Arc<Registry>, list_allowed: Arc<AtomicBool>) -> Control {
+    /// Takes a start's first pass over, which is applied at once. `live` follows the configuration from then on.
+    pub fn new(reload: Reload, first: Pass, registry: Arc<Registry>, live: Live) -> Control {
         let mut control = Control {
             reload,
             registry,
-            list_allowed,
+            live,
             next_pass: None,
             look_due: None,
             look_earliest: Instant::now(),
@@ -125,8 +144,9 @@ impl Control {
 
     fn apply(&mut self, pass: Pass) {
         self.registry.apply(&pass.plan, self.reload.generation());
-        if let Some(allowed) = pass.list_allowed {
-            self.list_allowed.store(allowed, Ordering::Relaxed);
+        if let Some(server) = pass.server {
+            self.live.list_allowed.store(server.list_allowed, Ordering::Relaxed);
+            self.live.limits.set(server.limits);
         }
         self.next_pass = pass.again.map(|pause| Instant::now() + pause);
         if let Some(status) = self.reload.concluded() {

@@ -22,9 +22,10 @@ use crate::ring::Workers;
 use crate::ring::unix_listener::UnixBindError;
 use crate::serve::control as control_api;
 use crate::serve::control::wire::Listening;
+use crate::serve::nbd::budget::{self, Budget};
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
-use control::Control;
+use control::{Control, Live};
 use log_file::LogFile;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
@@ -40,7 +41,6 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -142,15 +142,17 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     opened.drop_privileges(&server, options)?;
     // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone(), server.lock_timeout);
-    let list_allowed = Arc::new(AtomicBool::new(server.list_allowed));
-    let control = Control::new(reload, first, Arc::clone(&registry), Arc::clone(&list_allowed));
+    let live = Live::new(&server);
+    let control = Control::new(reload, first, Arc::clone(&registry), live.clone());
     let count = server.worker_count();
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
     let (handle, requests) = requests::channel();
     let state =
         control_api::State::new(Arc::clone(&registry), handle.clone(), workers.clone(), opened.listening.clone());
-    let context = Arc::new(Context { registry, control: handle, list_allowed });
+    let Live { list_allowed, limits } = live;
+    let budget = Budget::new(server.limits.max_memory.unwrap_or_else(budget::default_memory));
+    let context = Arc::new(Context { registry, control: handle, list_allowed, limits, budget });
     // its answers are given by this thread, between everything else that it does
     let api = opened.control.take().map(|socket| tokio::spawn(socket.serve(Arc::clone(&state))));
     let Listening { tcp, unix } = &opened.listening;

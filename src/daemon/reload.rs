@@ -58,8 +58,8 @@ pub struct Pass {
     pub plan: Plan,
     /// Another pass is needed after this time.
     pub again: Option<Duration>,
-    /// Clients may list the exports, as configured now; `None`: not known, as before.
-    pub list_allowed: Option<bool>,
+    /// The settings as configured now, of which some apply without a restart; `None`: not known, as before.
+    pub server: Option<ServerConfig>,
 }
 
 impl Reload {
@@ -136,7 +136,7 @@ impl Reload {
         if !self.unsettled && load::unchanged(&self.recent) {
             self.passes += 1;
             let plan = Plan::default();
-            return Pass { plan, again: self.next_pause(), list_allowed: None };
+            return Pass { plan, again: self.next_pause(), server: None };
         }
         self.pass()
     }
@@ -155,10 +155,9 @@ impl Reload {
         self.recent = std::mem::take(&mut loaded.recent);
         let again = self.next_pause();
         self.note_settings(&loaded);
-        let list_allowed = loaded.server.as_ref().map(|server| server.list_allowed);
         self.note(&loaded, &plan);
         self.say(&loaded, &plan, again.is_none() || !self.unsettled);
-        Pass { plan, again, list_allowed }
+        Pass { plan, again, server: loaded.server }
     }
 
     /// Reads what has changed and takes over only exports of new names: a client has asked for one. A series of passes
@@ -183,7 +182,7 @@ impl Reload {
         for problem in loaded.problems.iter().filter(|p| p.file == file) {
             log(generation, problem);
         }
-        for export in plan.add.iter().chain(&plan.change) {
+        for export in plan.add.iter().chain(&plan.change).chain(&plan.adjust) {
             info!("configuration {generation}: {:?} is served as {} has it", export.name, file.display());
         }
         for name in &plan.remove {
@@ -234,7 +233,7 @@ impl Reload {
     fn note(&mut self, loaded: &Loaded, plan: &Plan) {
         let outcome = &mut self.outcome;
         outcome.added.extend(plan.add.iter().map(|e| e.name.clone()));
-        outcome.changed.extend(plan.change.iter().map(|e| e.name.clone()));
+        outcome.changed.extend(plan.change.iter().chain(&plan.adjust).map(|e| e.name.clone()));
         outcome.removed.extend(plan.remove.iter().cloned());
         outcome.exports = self.applied.len();
         // the warnings of an earlier pass still hold; an error may have been that of a half-written file
@@ -283,7 +282,9 @@ impl Reload {
                 }
             }
         }
-        for (count, new) in self.counts.iter_mut().zip([plan.add.len(), plan.change.len(), plan.remove.len()]) {
+        for (count, new) in
+            self.counts.iter_mut().zip([plan.add.len(), plan.change.len() + plan.adjust.len(), plan.remove.len()])
+        {
             *count += new;
         }
         // the line that control planes may wait for: once a reload, and again if a file has changed once more
@@ -308,7 +309,7 @@ impl Reload {
         for export in &plan.add {
             debug!("configuration {generation}: added {} = {}", export.name, export.path.display());
         }
-        for export in &plan.change {
+        for export in plan.change.iter().chain(&plan.adjust) {
             debug!("configuration {generation}: changed {} = {}", export.name, export.path.display());
         }
         for name in &plan.remove {

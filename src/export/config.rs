@@ -8,6 +8,7 @@
 use crate::export::client_keys::{self, ClientKeys};
 use crate::export::image_keys::{ImageKeys, lock_timeout};
 use crate::export::keyfile::{self, Group, KeyFile};
+use crate::export::limit_keys::{LimitKeys, ServerLimits};
 use crate::export::problem::{Problem, Severity, printable};
 use crate::export::reader::{At, Reader};
 pub use crate::image::Format;
@@ -62,6 +63,8 @@ pub struct ExportConfig {
     pub image: ImageKeys,
     /// What each client gets.
     pub client: ClientKeys,
+    /// What its clients may take. A change does not retire the export.
+    pub limits: LimitKeys,
     /// Where it is defined.
     pub source: Source,
 }
@@ -81,6 +84,7 @@ impl ExportConfig {
             max_connections: None,
             image: ImageKeys::default(),
             client: ClientKeys::default(),
+            limits: LimitKeys::default(),
             source,
         }
     }
@@ -90,7 +94,7 @@ impl ExportConfig {
         !self.read_only && self.client.copy_on_write.is_none()
     }
 
-    /// Whether both serve the same thing in the same way: everything but the place of the definition.
+    /// Whether both serve the same thing in the same way: everything but how fast, and the place of the definition.
     pub fn same_service(&self, other: &ExportConfig) -> bool {
         let ExportConfig {
             name,
@@ -104,6 +108,7 @@ impl ExportConfig {
             max_connections,
             image,
             client,
+            limits: _,
             source: _,
         } = self;
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
@@ -162,6 +167,8 @@ pub struct ServerConfig {
     pub image_roots: Option<Vec<PathBuf>>,
     /// How long a client waits for an image that is in use elsewhere, if its export does not say.
     pub lock_timeout: Option<Duration>,
+    /// What clients may take.
+    pub limits: ServerLimits,
     /// Directory with further files of exports.
     pub include_dir: Option<PathBuf>,
     /// Where the control API listens.
@@ -183,6 +190,7 @@ impl Default for ServerConfig {
             workers: None,
             image_roots: None,
             lock_timeout: None,
+            limits: ServerLimits::default(),
             include_dir: None,
             control_socket: ControlSocket::Default,
             user: None,
@@ -212,6 +220,7 @@ impl ServerConfig {
             ("workers", self.workers != other.workers),
             ("imageroots", self.image_roots != other.image_roots),
             ("locktimeout", self.lock_timeout != other.lock_timeout),
+            ("maxmemory", self.limits.max_memory != other.limits.max_memory),
             ("controlsock", self.control_socket != other.control_socket),
             ("user", self.user != other.user),
             ("group", self.group != other.group),
@@ -340,6 +349,7 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
                     reader.key(Severity::Warning, at, "this key is ignored", "workers = N sets the number of threads");
                 }
             }
+            _ if server.limits.read(at, reader) => {}
             _ => reader.unknown(at),
         }
     }
@@ -464,7 +474,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "trim" => config.trim = reader.boolean(at),
             "rotational" => config.rotational = reader.boolean(at).unwrap_or(false),
             "maxconnections" => config.max_connections = max_connections(at, reader),
-            _ if config.image.read(at, reader) || client.read(at, reader) => {}
+            _ if config.image.read(at, reader) || client.read(at, reader) || config.limits.read(at, reader) => {}
             _ => unsupported(at, reader),
         }
     }

@@ -131,7 +131,8 @@ pub(super) fn lock_timeout(at: At<'_>, reader: &mut Reader<'_>) -> Option<Durati
     }
 }
 
-fn seconds(text: &str) -> Option<Duration> {
+/// A number of seconds with up to three decimals.
+pub(super) fn seconds(text: &str) -> Option<Duration> {
     let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     if !digits(whole) || !digits(part) || part.len() > 3 {

@@ -8,6 +8,8 @@ pub mod hooks;
 pub mod image_keys;
 mod images;
 pub mod keyfile;
+pub mod limit_keys;
+pub mod limiter;
 pub mod load;
 pub mod name;
 pub mod plan;

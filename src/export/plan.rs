@@ -11,13 +11,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The difference between two states of the configuration. Each list is sorted by name; no name is in two of the first
-/// four.
+/// five.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Exports to serve from now on.
     pub add: Vec<Arc<ExportConfig>>,
     /// Exports to serve differently: new clients get this, connected ones keep what they have.
     pub change: Vec<Arc<ExportConfig>>,
+    /// Exports that go on with other limits, for connected clients too.
+    pub adjust: Vec<Arc<ExportConfig>>,
     /// Names to serve no longer: new clients are refused, connected ones stay.
     pub remove: Vec<String>,
     /// Exports that go on as they are, from another place in the configuration.
@@ -31,7 +33,7 @@ pub struct Plan {
 impl Plan {
     /// Whether carrying it out changes anything.
     pub fn is_empty(&self) -> bool {
-        self.add.is_empty() && self.change.is_empty() && self.remove.is_empty()
+        self.add.is_empty() && self.change.is_empty() && self.adjust.is_empty() && self.remove.is_empty()
     }
 }
 
@@ -88,13 +90,14 @@ pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: &Scope) -> P
                 plan.applied.push(Arc::clone(old));
                 plan.problems.push(held_elsewhere(old, new));
             }
-            (Some(old), Some(new)) if old.same_service(new) => {
+            (Some(old), Some(new)) if old.same_service(new) && old.limits == new.limits => {
                 plan.moved.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
             }
             (Some(old), Some(new)) if !may_change(old, new) => plan.applied.push(Arc::clone(old)),
-            (Some(_), Some(new)) => {
-                plan.change.push(Arc::clone(new));
+            (Some(old), Some(new)) => {
+                let list = if old.same_service(new) { &mut plan.adjust } else { &mut plan.change };
+                list.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
             }
             (None, None) => unreachable!("one of the two is at its turn"),
@@ -149,6 +152,20 @@ mod tests {
     fn zero_exports_is_normal() {
         assert!(plan(&[], &loaded(&[], &[], &[]), &Scope::All).is_empty());
         assert_eq!(plan(&[export("a", "/a", "1")], &loaded(&[], &[], &[]), &Scope::All).remove, ["a"]);
+    }
+
+    #[test]
+    fn other_limits_do_not_retire_an_export() {
+        let limited = |rate| {
+            let mut export = (*export("a", "/a", "1")).clone();
+            export.limits.iops = Some(rate);
+            Arc::new(export)
+        };
+        let (before, now) = ([limited(1)], loaded(&[limited(2)], &[], &[]));
+        let first = plan(&before, &now, &Scope::All);
+        assert_eq!((names(&first.adjust), first.change.len(), first.moved.len()), (vec!["a"], 0, 0));
+        assert!(!first.is_empty() && plan(&first.applied, &now, &Scope::All).is_empty());
+        assert!(plan(&before, &now, &Scope::Additions).is_empty(), "a client that misses an export changes no limits");
     }
 
     #[test]
@@ -216,7 +233,7 @@ mod tests {
         for new in &plan.add {
             assert!(map.insert(new.name.clone(), Arc::clone(new)).is_none(), "{} is new", new.name);
         }
-        for new in plan.change.iter().chain(&plan.moved) {
+        for new in plan.change.iter().chain(&plan.adjust).chain(&plan.moved) {
             assert!(map.insert(new.name.clone(), Arc::clone(new)).is_some(), "{} was there", new.name);
         }
         map.into_values().collect()

@@ -1,7 +1,7 @@
 //! Which exports there are: those of the configuration by name, and former ones that still have clients.
 //!
-//! A reload swaps entries and counts generations; clients keep the [`Export`] they were given. The daemon applies the
-//! plans; frontends and whoever describes the daemon look things up.
+//! A reload swaps entries and counts generations; clients keep the [`Export`] they were given, and only its limits
+//! change under them. The daemon applies the plans; frontends and whoever describes the daemon look things up.
 
 use super::config::{ExportConfig, Source};
 use super::images::Images;
@@ -79,6 +79,8 @@ impl Registry {
         for config in plan.add.iter().chain(&plan.change) {
             let former = table.exports.remove(&config.name).map(|entry| entry.export);
             let history = former.as_ref().map(|former| former.history()).unwrap_or_default();
+            let limiter = former.as_ref().map(|former| Arc::clone(former.limiter())).unwrap_or_default();
+            limiter.set(config.limits);
             let is_new = former.is_none();
             if former.is_some_and(|former| former.retire()) {
                 info!("export {:?}: changed; its connected clients keep the former definition", config.name);
@@ -86,14 +88,19 @@ impl Registry {
             let export = match is_new.then(|| self.shared.revive(config)).flatten() {
                 Some(export) => {
                     info!("export {:?}: is back while clients of it are connected; they go on", config.name);
+                    export.limiter().set(config.limits);
                     export
                 }
-                None => Arc::new(Export::new(Arc::clone(config), generation, Arc::clone(&self.shared), history)),
+                None => {
+                    let shared = Arc::clone(&self.shared);
+                    Arc::new(Export::new(Arc::clone(config), generation, shared, history, limiter))
+                }
             };
             table.exports.insert(config.name.clone(), Entry { export, source: config.source.clone() });
         }
-        for config in &plan.moved {
+        for config in plan.moved.iter().chain(&plan.adjust) {
             if let Some(entry) = table.exports.get_mut(&config.name) {
+                entry.export.limiter().set(config.limits);
                 entry.source = config.source.clone();
             }
         }

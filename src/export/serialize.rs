@@ -7,6 +7,7 @@
 use crate::export::client_keys::{ClientKeys, CopyOnWrite};
 use crate::export::config::{self, ExportConfig, Role};
 use crate::export::image_keys::{DetectZeroes, ImageKeys};
+use crate::export::limit_keys::LimitKeys;
 use crate::export::problem::{Problem, Severity, printable};
 use crate::qcow2::compress::Compression;
 use std::fmt::Write;
@@ -74,6 +75,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         max_connections,
         image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot, lock_timeout },
         client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
+        limits: LimitKeys { bandwidth, iops, idle_timeout },
         source: _,
     } = config;
     let mut group = Lines::new(name);
@@ -129,6 +131,15 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         }
     }
     group.flag("sync", *sync);
+    if let Some(rate) = bandwidth {
+        group.line("bandwidthlimit", rate);
+    }
+    if let Some(rate) = iops {
+        group.line("iopslimit", rate);
+    }
+    if let Some(time) = idle_timeout {
+        group.line("idletimeout", time.as_secs_f64());
+    }
     Ok(group.text)
 }
 
@@ -140,7 +151,7 @@ fn read_back(text: &str, config: &ExportConfig) -> Result<(), String> {
         return Err(format!("{key}{}; {}", problem.what, problem.remedy));
     }
     match &parsed.exports[..] {
-        [export] if export.same_service(config) => Ok(()),
+        [export] if export.same_service(config) && export.limits == config.limits => Ok(()),
         _ => Err("it would be read as another export; give it a name and values that a configuration file can hold"
             .to_owned()),
     }
@@ -276,6 +287,11 @@ mod tests {
                 copy_on_write: None,
                 sync: true,
             },
+            limits: LimitKeys {
+                bandwidth: Some(1 << 20),
+                iops: Some(500),
+                idle_timeout: Some(Duration::from_millis(1500)),
+            },
             ..export("disk 1", "/srv/50%.qcow2 ")
         };
         let lines = [
@@ -299,6 +315,9 @@ mod tests {
             "postrun = log",
             "filesize = 4096",
             "sync = true",
+            "bandwidthlimit = 1048576",
+            "iopslimit = 500",
+            "idletimeout = 1.5",
             "",
         ];
         assert_eq!(serialize(&config).expect("text"), lines.join("\n"));
@@ -386,11 +405,14 @@ mod tests {
             max_connections in proptest::option::of(prop_oneof![1..9_u32, any::<u32>()]),
             image in image_keys(),
             client in client_keys(),
+            bandwidth in proptest::option::of(4096..1_u64 << 40),
+            idle_ms in proptest::option::of(1000..100_000_u64),
         ) -> ExportConfig {
             let path = if absolute { format!("/{path}") } else { path };
             let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
+            let limits = LimitKeys { bandwidth, iops: bandwidth.map(|n| n % 1000 + 1), idle_timeout: idle_ms.map(Duration::from_millis) };
             ExportConfig {
-                format, read_only, flush, fua, trim, rotational, max_connections, image, client,
+                limits, format, read_only, flush, fua, trim, rotational, max_connections, image, client,
                 ..export(&name, &path)
             }
         }
@@ -431,7 +453,7 @@ mod tests {
                     let parsed = parsed(&text);
                     prop_assert!(!parsed.failed);
                     prop_assert_eq!(parsed.exports.len(), 1);
-                    prop_assert!(parsed.exports[0].same_service(&config));
+                    prop_assert!(parsed.exports[0].same_service(&config) && parsed.exports[0].limits == config.limits);
                 }
             }
         }
@@ -439,7 +461,7 @@ mod tests {
         /// Whatever a file can hold can be written again.
         #[test]
         fn what_was_read_can_be_written(lines in proptest::collection::vec(
-            ("(exportname|snapshot|l2cache|maxconnections|format|readonly|virtstyle|compress|flush)", text()), 0..6,
+            ("(exportname|snapshot|l2cache|maxconnections|bandwidthlimit|iopslimit|idletimeout|format|readonly|virtstyle|compress|flush)", text()), 0..6,
         )) {
             let mut file = "[a]\nexportname = /a.qcow2\n".to_owned();
             for (key, value) in lines {

@@ -1,11 +1,12 @@
 //! One export as it was configured at some time: its clients, from the moment they ask for it until their last flush.
 //!
-//! A reload never changes an [`Export`]: it puts another one in its place and retires this one, which then takes no new
-//! clients and is gone when its last client is. Called by the frontends on their workers.
+//! A reload never changes what an [`Export`] serves: it puts another one in its place and retires this one, which then
+//! takes no new clients and is gone when its last client is. Only its limits change under its clients. Called by the frontends on their workers.
 
 use super::authfile::{self, AuthError};
 use super::config::ExportConfig;
 use super::hooks::{self, Hook, HookError};
+use super::limiter::Limiter;
 use super::registry::Shared;
 use super::storage::Storage;
 use super::usage::{Connection, Totals};
@@ -37,6 +38,8 @@ pub struct Export {
     clients: Mutex<Clients>,
     /// What clients of this name did that have left, under earlier definitions too.
     history: Arc<Mutex<Totals>>,
+    /// How fast its clients may go; shared with earlier definitions that still have clients.
+    limiter: Arc<Limiter>,
     /// The images, while they are open.
     images: Mutex<Vec<Weak<Image>>>,
     failure: Mutex<Option<Failure>>,
@@ -157,12 +160,13 @@ impl Export {
         generation: u64,
         shared: Arc<Shared>,
         history: Arc<Mutex<Totals>>,
+        limiter: Arc<Limiter>,
     ) -> Export {
         let (clients, images, failure) = Default::default();
-        Export { config, generation, shared, clients, history, images, failure }
+        Export { config, generation, shared, clients, history, limiter, images, failure }
     }
 
-    /// How it was configured.
+    /// How it was configured. Its limits may have changed since: see [`Export::limiter`].
     pub fn config(&self) -> &Arc<ExportConfig> {
         &self.config
     }
@@ -195,6 +199,17 @@ impl Export {
     /// Why the last client that asked was not served; `None` when it was.
     pub fn failure(&self) -> Option<Failure> {
         locked(&self.failure).clone()
+    }
+
+    /// How fast its clients may go, as configured now. Frontends pay there before a request takes memory and is
+    /// submitted.
+    pub fn limiter(&self) -> &Arc<Limiter> {
+        &self.limiter
+    }
+
+    /// Whether it is served just as `config` has it.
+    pub fn serves(&self, config: &ExportConfig) -> bool {
+        self.config.same_service(config) && self.limiter.limits() == config.limits
     }
 
     /// What its image may name.

@@ -3,6 +3,7 @@
 //! Counted by the frontends on their workers, read by whoever describes the daemon. A client's counters have one writer,
 //! its worker, so that counting costs a plain load and store; readers see each number whole, but not all of one moment.
 
+use super::limiter::Flow;
 use crate::ring::Peer;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -92,6 +93,8 @@ pub struct Connection {
     pub peer: Peer,
     /// When it took hold of the export.
     pub since: SystemTime,
+    /// Its share of what the export's limits allow.
+    pub flow: Flow,
     requests: [AtomicU64; KINDS],
     bytes: [AtomicU64; KINDS],
     errors: AtomicU64,
@@ -101,10 +104,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(peer: Peer) -> Connection {
+    /// A client that has just come.
+    pub fn new(peer: Peer) -> Connection {
         Connection {
             peer,
             since: SystemTime::UNIX_EPOCH + now(),
+            flow: Flow::default(),
             requests: Default::default(),
             bytes: Default::default(),
             errors: AtomicU64::new(0),
@@ -146,6 +151,11 @@ impl Connection {
             errors: self.errors.load(Relaxed),
             last_io_ms: self.last_io_ms.load(Relaxed),
         }
+    }
+
+    /// Requests that have come so far.
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Relaxed)
     }
 
     /// Requests that wait for their answer.

@@ -42,6 +42,20 @@ impl From<unix::UnixStream> for StdStream {
     }
 }
 
+impl StdStream {
+    /// The other end.
+    pub fn peer(&self) -> Peer {
+        match self {
+            // it may be gone already; the first read will say so
+            StdStream::Tcp(s) => s.peer_addr().map_or(Peer::Unknown, Peer::Tcp),
+            StdStream::Unix(s) => match getsockopt(s, sockopt::PeerCredentials) {
+                Ok(cred) => Peer::Unix { pid: cred.pid(), uid: cred.uid() },
+                Err(_) => Peer::Unknown,
+            },
+        }
+    }
+}
+
 /// A connected socket on the worker it will stay on.
 #[derive(Debug)]
 pub struct Stream {
@@ -84,22 +98,18 @@ impl Stream {
     ///
     /// To be called inside the worker's runtime. Errors: the kernel refuses an option or the registration.
     pub fn from_std(stream: impl Into<StdStream>) -> io::Result<Stream> {
-        let (fd, peer): (OwnedFd, Peer) = match stream.into() {
+        let stream = stream.into();
+        let peer = stream.peer();
+        let fd: OwnedFd = match stream {
             StdStream::Tcp(s) => {
                 s.set_nonblocking(true)?;
                 s.set_nodelay(true)?;
                 keep_alive(&s)?;
-                // The peer may be gone already; the first read will say so.
-                let peer = s.peer_addr().map_or(Peer::Unknown, Peer::Tcp);
-                (s.into(), peer)
+                s.into()
             }
             StdStream::Unix(s) => {
                 s.set_nonblocking(true)?;
-                let peer = match getsockopt(&s, sockopt::PeerCredentials) {
-                    Ok(cred) => Peer::Unix { pid: cred.pid(), uid: cred.uid() },
-                    Err(_) => Peer::Unknown,
-                };
-                (s.into(), peer)
+                s.into()
             }
         };
         Ok(Stream { reading: watch(fd, Interest::READABLE)?, writing: OnceCell::new(), peer })

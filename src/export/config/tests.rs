@@ -113,6 +113,50 @@ fn what_each_client_gets() {
 }
 
 #[test]
+fn what_clients_may_take() {
+    let parsed = base(
+        "[generic]\nhandshaketimeout = 2.5\nidletimeout = 600\nmaxclients = 5000\nmaxclientsperip = 20\nmaxmemory = 2G\n\
+         [a]\nexportname=/a\nbandwidthlimit = 100M\niopslimit = 2000\nidletimeout = 0\n\
+         [b]\nexportname=/b\nbandwidthlimit = 0\niopslimit = 0\n",
+    );
+    assert_eq!(found(&parsed), [] as [&str; 0]);
+    let expected = ServerLimits {
+        handshake_timeout: Duration::from_millis(2500),
+        idle_timeout: Duration::from_secs(600),
+        max_clients: 5000,
+        max_clients_per_address: Some(20),
+        max_memory: Some(2 << 30),
+    };
+    assert_eq!(parsed.server.expect("server").limits, expected);
+    let (a, b) = (&parsed.exports[0], &parsed.exports[1]);
+    let expected = LimitKeys { bandwidth: Some(100 << 20), iops: Some(2000), idle_timeout: Some(Duration::ZERO) };
+    assert_eq!((a.limits, b.limits), (expected, LimitKeys::default()));
+    let bad = [
+        ("handshaketimeout", &["0", "0.5", "3601", "x", "", "-1", "10s"][..]),
+        ("idletimeout", &["0.5", "-1", "x", "2592001", "1e9"][..]),
+        ("maxclients", &["0", "-1", "1000001", "x", "10K"][..]),
+        ("maxclientsperip", &["-1", "1000001", "x"][..]),
+        ("maxmemory", &["0", "255M", "1.5G", "-1", "99999999999T"][..]),
+    ];
+    for (key, values) in bad {
+        for value in values {
+            let parsed = base(&format!("[generic]\n{key} = {value}\n"));
+            assert_eq!((parsed.server, parsed.problems.len()), (None, 1), "{key} = {value}");
+            assert_eq!((parsed.problems[0].line, parsed.problems[0].key.as_deref()), (Some(2), Some(key)));
+        }
+    }
+    for value in ["4095", "-1", "2P", "fast", "10MB/s", ""] {
+        assert_eq!(
+            found(&included(&format!("[a]\nexportname=/a\nbandwidthlimit={value}\n"))),
+            ["3 error bandwidthlimit"]
+        );
+    }
+    for value in ["-1", "1000000001", "1K", ""] {
+        assert_eq!(found(&included(&format!("[a]\nexportname=/a\niopslimit={value}\n"))), ["3 error iopslimit"]);
+    }
+}
+
+#[test]
 fn defaults() {
     let parsed = base("[generic]\n[a]\nexportname=/dev/vg/a\n");
     assert_eq!(parsed.server, Some(ServerConfig::default()));
@@ -277,6 +321,8 @@ fn a_repeated_group_merges_with_a_warning() {
 #[test]
 fn service_is_compared_without_its_place() {
     let a = included("[a]\nexportname=/a\n").exports.remove(0);
+    let limited = included("[a]\nexportname=/a\nbandwidthlimit=1M\niopslimit=1\nidletimeout=1\n").exports.remove(0);
+    assert!(a.same_service(&limited) && a.limits != limited.limits);
     let moved = included("\n\n[a]\nexportname=/a\n").exports.remove(0);
     assert!(a != moved && a.same_service(&moved));
     for other in [
@@ -309,6 +355,8 @@ fn settings_that_need_a_restart() {
     assert_eq!(a.needs_restart(&b), ["port", "workers"]);
     let c = ServerConfig { user: Some("nbd".into()), group: Some("nbd".into()), ..ServerConfig::default() };
     assert_eq!(a.needs_restart(&c), ["user", "group"]);
+    let limits = ServerLimits { max_clients: 1, max_memory: Some(1 << 30), ..ServerLimits::default() };
+    assert_eq!(a.needs_restart(&ServerConfig { limits, ..ServerConfig::default() }), ["maxmemory"]);
 }
 
 #[test]
@@ -333,7 +381,8 @@ proptest! {
 
     #[test]
     fn arbitrary_values_never_panic(
-        key in "(exportname|port|readonly|workers|imageroots|listenaddr|maxconnections|virtstyle|format|unixsock)",
+        key in "(exportname|port|readonly|workers|imageroots|listenaddr|maxconnections|virtstyle|format|unixsock|\
+               handshaketimeout|idletimeout|maxclients|maxclientsperip|maxmemory|bandwidthlimit|iopslimit)",
         value in "[^\n]{0,40}",
     ) {
         let parsed = base(&format!("[generic]\n{key}={value}\n[a]\nexportname=/a\n{key}={value}\n"));

@@ -4,15 +4,20 @@
 //! completed, and then its hold on the export is given up with `Client::detach`, which flushes the image when the last
 //! writer leaves. No panic in between skips that: the parts that talk to the client are run apart from it.
 
+use super::admission::Place;
+use super::budget::Budget;
 use super::gauge::Gauge;
 use super::negotiate::{NoDeal, negotiate};
 use super::out::{Out, write_replies};
+use super::pace::Pace;
 use super::receive::{End, Reader};
 use super::session::Session;
 use crate::block::BlockDev;
 use crate::export::control;
+use crate::export::limit_keys::LiveLimits;
 use crate::export::registry::Registry;
 use crate::export::service::Client;
+use crate::export::usage::Connection;
 use crate::nbd::handshake::Agreed;
 use crate::ring::{self, Peer, Stream};
 use futures_util::FutureExt;
@@ -30,6 +35,8 @@ use tracing::{debug, error, info, warn};
 
 /// How long replies may wait for a client that takes none of them, once no more requests are read.
 const STALL_LIMIT: Duration = Duration::from_secs(10);
+/// How often an idle connection is looked at within its `idletimeout`.
+const IDLE_LOOKS: u32 = 8;
 /// How long the last replies get to arrive before the connection is reset by requests that were not read.
 const LINGER: Duration = Duration::from_secs(1);
 /// Bytes of unread requests forgotten with one call meanwhile.
@@ -43,24 +50,36 @@ pub struct Context {
     pub control: control::Handle,
     /// Whether clients may list them.
     pub list_allowed: Arc<AtomicBool>,
+    /// What clients may take.
+    pub limits: Arc<LiveLimits>,
+    /// The memory for their payload.
+    pub budget: Arc<Budget>,
 }
 
 /// Serves one client. Ends when the client has gone or `shutdown` turned true, and everything it started is over.
 ///
 /// Runs on a worker: inside `ring::spawn` or `ring::run`.
-pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::Receiver<bool>) {
+pub(super) async fn serve(stream: Stream, context: Arc<Context>, place: &Place, mut shutdown: watch::Receiver<bool>) {
     let peer = stream.peer();
     // A daemon that dropped its side of the channel is going away too.
     let mut stop = pin!(async move { drop(shutdown.wait_for(|&stop| stop).await) });
     let mut held = None;
     // Boxed: its memory is not needed any more while the connection lasts.
     let deal = {
-        let talk: Pin<Box<dyn Future<Output = _>>> = Box::pin(negotiate(&stream, &context, &mut held, stop.as_mut()));
+        let leave = async {
+            tokio::select! {
+                () = stop.as_mut() => NoDeal::Shutdown,
+                () = place.wanted() => NoDeal::Crowded,
+            }
+        };
+        let talk: Pin<Box<dyn Future<Output = _>>> =
+            Box::pin(async { negotiate(&stream, &context, place, &mut held, pin!(leave)).await });
         AssertUnwindSafe(talk).catch_unwind().await
     };
     match (deal, held.take()) {
         (Ok(Ok((agreed, rest))), Some(client)) => {
-            transmit(stream, peer, client, agreed, &rest, stop).await;
+            place.settle();
+            transmit(stream, peer, &context, client, agreed, &rest, stop).await;
         }
         (deal, client) => {
             match deal {
@@ -83,6 +102,7 @@ pub async fn serve(stream: Stream, context: Arc<Context>, mut shutdown: watch::R
 async fn transmit(
     stream: Stream,
     peer: Peer,
+    context: &Context,
     client: Client,
     agreed: Agreed,
     rest: &[u8],
@@ -91,7 +111,9 @@ async fn transmit(
     let export = agreed.name.clone();
     info!(%peer, %export, "client connected");
     let stream = Rc::new(stream);
-    let out = Rc::new(Out::new(Rc::clone(&stream)));
+    let connection = Arc::clone(client.connection());
+    let gauge = Rc::new(Gauge::new(&context.budget, Arc::clone(&connection)));
+    let out = Rc::new(Out::new(Rc::clone(&stream), Rc::clone(&gauge)));
     ring::spawn(write_replies(Rc::clone(&out)));
     let session = Rc::new(Session {
         stream: Rc::clone(&stream),
@@ -100,24 +122,32 @@ async fn transmit(
         geometry: client.device().geometry(),
         agreed,
         out,
-        gauge: Rc::new(Gauge::default()),
-        connection: Arc::clone(client.connection()),
+        gauge: Rc::clone(&gauge),
+        pace: Pace::new(client.export().limiter(), &connection),
+        connection: Arc::clone(&connection),
     });
-    let connection = Arc::clone(client.connection());
-    let stop = pin!(async {
+    let idle_timeout = client.export().limiter().limits().idle_timeout;
+    let idle_timeout = idle_timeout.unwrap_or_else(|| context.limits.get().idle_timeout);
+    let mut stop = pin!(async {
         tokio::select! {
             () = stop => End::Shutdown,
-            () = connection.disconnected() => End::Ended,
+            () = connection.disconnected() => if gauge.account().is_cut() { End::Stalled } else { End::Ended },
+            () = idle(&gauge, &connection, idle_timeout), if !idle_timeout.is_zero() => End::Idle,
         }
     });
 
-    let reader = Reader::new(&session, rest, stop).run();
+    let reader = Reader::new(&session, rest, stop.as_mut()).run();
     let end = AssertUnwindSafe(reader).catch_unwind().await.unwrap_or(End::Panicked);
     session.out.attend(false);
     if let End::Violation(violation) = &end {
         warn!(%peer, %export, reason = %violation, "client broke the protocol");
     }
-    drain(&session).await;
+    if let End::Stalled = &end {
+        warn!(%peer, %export, reason = %end, "client is disconnected");
+        session.out.fail();
+    }
+    let is_stopped = matches!(end, End::Shutdown | End::Ended | End::Idle | End::Stalled);
+    drain(&session, (!is_stopped).then_some(stop)).await;
     let deaf = session.out.has_failed();
     let totals = connection.totals();
     let (bytes_read, bytes_written) = (totals.read.bytes, totals.write.bytes);
@@ -126,7 +156,7 @@ async fn transmit(
     // everything drained this is the last reference to the session.
     drop(session);
     let farewell = client.detach().await;
-    if matches!(end, End::Shutdown | End::Ended | End::Violation(_)) && !deaf {
+    if matches!(end, End::Shutdown | End::Ended | End::Idle | End::Violation(_)) && !deaf {
         linger(&stream).await;
     }
     // an error means that the client closed first
@@ -136,17 +166,41 @@ async fn transmit(
     farewell.run().await;
 }
 
-/// Completes what is in flight and sends the replies, to a client that takes them.
-async fn drain(session: &Session) {
-    session.out.flush();
-    let mut before = session.out.progress();
-    while timeout(STALL_LIMIT, session.gauge.idle()).await.is_err() {
-        let (queued, sent) = session.out.progress();
-        if queued > 0 && before.0 > 0 && sent == before.1 {
-            session.out.fail();
-        }
-        before = (queued, sent);
+/// Completes when a client that has nothing in flight has sent no request for `limit`, or a little longer.
+async fn idle(gauge: &Gauge, connection: &Connection, limit: Duration) {
+    // looking now and then costs less than noting the time of each request
+    let pause = limit / IDLE_LOOKS;
+    let (mut seen, mut quiet) = (connection.begun(), 0);
+    while quiet < IDLE_LOOKS {
+        tokio::time::sleep(pause).await;
+        let begun = connection.begun();
+        quiet = if begun == seen && gauge.is_idle() { quiet + 1 } else { 0 };
+        seen = begun;
     }
+}
+
+/// Completes what is in flight and sends the replies, to a client that takes them. When `stop` becomes ready, or has
+/// been (`None`), what the export's limits hold back is given up.
+async fn drain(session: &Session, stop: Option<Pin<&mut dyn Future<Output = End>>>) {
+    session.out.flush();
+    let mut all = pin!(async {
+        let mut before = session.out.progress();
+        while timeout(STALL_LIMIT, session.gauge.idle()).await.is_err() {
+            let (queued, sent) = session.out.progress();
+            if queued > 0 && before.0 > 0 && sent == before.1 {
+                session.out.fail();
+            }
+            before = (queued, sent);
+        }
+    });
+    if let Some(stop) = stop {
+        tokio::select! {
+            () = &mut all => return session.out.close(),
+            _ = stop => {}
+        }
+    }
+    session.pace.give_up();
+    all.await;
     session.out.close();
 }
 

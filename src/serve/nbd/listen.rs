@@ -3,6 +3,7 @@
 //! [`Listeners::bind`] takes the addresses when the daemon starts, so that it can say "ready" truthfully;
 //! [`Listeners::serve`] hands each client to a worker and ends when, after shutdown, the last client has gone.
 
+use super::admission::Places;
 use super::conn::{self, Context};
 use crate::ring::unix_listener::{self, SocketFile, UnixBindError};
 use crate::ring::{self, StdStream, Stream, Workers};
@@ -16,14 +17,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Notify, watch};
-use tracing::{debug, error, info, warn};
+use tokio::sync::watch;
+use tracing::{debug, error, info};
 
-/// Clients served at a time, all exports together. What comes above is closed at once.
-pub const MAX_CONNECTIONS: usize = 4096;
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 /// Pause after an accept that failed, so that a lack of descriptors does not become a busy loop.
@@ -105,7 +103,8 @@ impl Listeners {
 
     /// Accepts clients until `shutdown` turns true, then waits until those connected have gone.
     pub async fn serve(self, workers: Workers, context: Arc<Context>, shutdown: watch::Receiver<bool>) {
-        let door = Door { workers, context, shutdown, connections: Arc::default() };
+        let places = Places::new(Arc::clone(&context.limits));
+        let door = Door { workers, context, shutdown, places };
         let mut stop = door.shutdown.clone();
         let accepting = join_all(self.sockets.iter().map(|socket| door.accept_from(socket)));
         tokio::select! {
@@ -114,7 +113,7 @@ impl Listeners {
         }
         // New clients are refused from here on, not left waiting in the backlog.
         drop(self);
-        door.connections.all_gone().await;
+        door.places.all_gone().await;
     }
 }
 
@@ -123,7 +122,7 @@ struct Door {
     workers: Workers,
     context: Arc<Context>,
     shutdown: watch::Receiver<bool>,
-    connections: Arc<Connections>,
+    places: Arc<Places>,
 }
 
 impl Door {
@@ -141,6 +140,9 @@ impl Door {
                         error!(error = %e, "cannot accept clients; will go on trying");
                         failing = true;
                     }
+                    if is_lack_of_descriptors(&e) {
+                        self.places.make_room();
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -148,20 +150,17 @@ impl Door {
     }
 
     fn admit(&self, client: StdStream) {
-        let Some(counted) = Connections::enter(&self.connections) else {
-            warn!(limit = MAX_CONNECTIONS, "too many clients, closing the newest");
-            return;
-        };
+        let Some(place) = self.places.enter(client.peer()) else { return };
         let (context, shutdown) = (Arc::clone(&self.context), self.shutdown.clone());
         let load = self.workers.pick();
         let worker = load.index();
         let job = move || {
             ring::spawn(async move {
                 match Stream::from_std(client) {
-                    Ok(stream) => conn::serve(stream, context, shutdown).await,
+                    Ok(stream) => conn::serve(stream, context, &place, shutdown).await,
                     Err(e) => debug!(error = %e, "client lost before it was served"),
                 }
-                drop((load, counted));
+                drop((load, place));
             });
         };
         self.workers.run_on(worker, Box::new(job));
@@ -175,43 +174,9 @@ async fn accept(socket: &Listening) -> io::Result<StdStream> {
     })
 }
 
-/// How many clients there are.
-#[derive(Default)]
-struct Connections {
-    count: AtomicUsize,
-    /// Told when the count becomes zero.
-    none_left: Notify,
-}
-
-impl Connections {
-    fn enter(this: &Arc<Self>) -> Option<Counted> {
-        let entered =
-            this.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < MAX_CONNECTIONS).then_some(n + 1));
-        entered.is_ok().then(|| Counted(Arc::clone(this)))
-    }
-
-    async fn all_gone(&self) {
-        loop {
-            let none_left = self.none_left.notified();
-            // Acquire: what the last connection did on its worker is over for whoever sees zero.
-            if self.count.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            none_left.await;
-        }
-    }
-}
-
-/// One client in the count. Dropping it takes it out.
-#[must_use = "dropping it says that the client has gone"]
-struct Counted(Arc<Connections>);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        if self.0.count.fetch_sub(1, Ordering::Release) == 1 {
-            self.0.none_left.notify_waiters();
-        }
-    }
+/// Whether there would be room for a client if another went.
+fn is_lack_of_descriptors(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
 fn bind_any(port: u16, sockets: &mut Vec<Listening>) -> Result<(), BindError> {

@@ -1,5 +1,6 @@
 //! Drives the handshake: moves its bytes and answers what it asks from the registry.
 
+use super::admission::Place;
 use super::conn::Context;
 use crate::block::{BlockDev, Geometry};
 use crate::export::config::ExportConfig;
@@ -18,8 +19,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long a client may keep us waiting during its handshake, altogether. An idle handshake costs a descriptor.
-pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes received with one call.
 const RECEIVE_BYTES: usize = 4096;
 
@@ -30,8 +29,10 @@ pub(super) enum NoDeal {
     Aborted,
     #[error("client closed the connection during the handshake")]
     Closed,
-    #[error("handshake took longer than {} s", HANDSHAKE_LIMIT.as_secs())]
+    #[error("handshake took longer than `handshaketimeout` allows")]
     Slow,
+    #[error("others need the place")]
+    Crowded,
     #[error("server is shutting down")]
     Shutdown,
     #[error("export refused: {0}")]
@@ -48,11 +49,14 @@ pub(super) enum NoDeal {
 pub(super) async fn negotiate(
     stream: &Stream,
     context: &Context,
+    place: &Place,
     held: &mut Option<Client>,
-    stop: Pin<&mut dyn Future<Output = ()>>,
+    stop: Pin<&mut dyn Future<Output = NoDeal>>,
 ) -> Result<(Agreed, BytesMut), NoDeal> {
     let mut handshake = Handshake::new();
-    let mut wire = Wire { stream, stop, patience: HANDSHAKE_LIMIT, buf: vec![0; RECEIVE_BYTES], ended: None };
+    // what is left of it counts, so that no client can make it last by a byte at a time
+    let patience = context.limits.get().handshake_timeout;
+    let mut wire = Wire { stream, stop, patience, buf: vec![0; RECEIVE_BYTES], ended: None };
     loop {
         let step = handshake.step();
         wire.send(&handshake.take_output()).await?;
@@ -63,9 +67,14 @@ pub(super) async fn negotiate(
                 handshake.export(describe(context, stream.peer(), name).await)
             }
             Step::Export { name, purpose: Purpose::Go } => {
+                // from here on it waits for us
+                place.settle();
                 let opened = open(context, held, &mut wire, name).await;
                 if let Some(end) = wire.ended.take() {
                     return Err(end);
+                }
+                if opened.is_err() {
+                    place.unsettle();
                 }
                 handshake.export(opened);
             }
@@ -83,7 +92,8 @@ pub(super) async fn negotiate(
 /// The socket during the handshake, with the client's share of patience.
 struct Wire<'a> {
     stream: &'a Stream,
-    stop: Pin<&'a mut dyn Future<Output = ()>>,
+    /// Ready when the handshake is to end, with the reason.
+    stop: Pin<&'a mut dyn Future<Output = NoDeal>>,
     patience: Duration,
     buf: Vec<u8>,
     /// What ended the handshake while the client waited for its export.
@@ -117,7 +127,7 @@ impl Wire<'_> {
     async fn pause(&mut self, time: Duration) -> bool {
         self.ended = tokio::select! {
             biased;
-            () = &mut self.stop => Some(NoDeal::Shutdown),
+            end = &mut self.stop => Some(end),
             () = tokio::time::sleep(time) => self.stream.hung_up().then_some(NoDeal::Closed),
         };
         self.ended.is_none()
@@ -128,7 +138,7 @@ impl Wire<'_> {
         let start = Instant::now();
         let outcome = tokio::select! {
             biased;
-            () = &mut self.stop => Err(NoDeal::Shutdown),
+            end = &mut self.stop => Err(end),
             ready = tokio::time::timeout(self.patience, ready) => match ready {
                 Ok(ready) => ready.map_err(NoDeal::from),
                 Err(_) => Err(NoDeal::Slow),

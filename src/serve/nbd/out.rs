@@ -5,7 +5,7 @@
 //! while the reader waits; it runs after all of them, because they woke it. Only a large queue is flushed at once, so
 //! that its buffers are reused while they are hot in the processor's cache.
 
-use super::gauge::Permit;
+use super::gauge::{Gauge, Permit};
 use crate::nbd::reply::Head;
 use crate::pagebuf::PageBuf;
 use crate::ring::Stream;
@@ -62,13 +62,18 @@ impl Reply {
 /// The queue of one connection, and its way out.
 pub(super) struct Out {
     stream: Rc<Stream>,
+    gauge: Rc<Gauge>,
     queue: RefCell<Queue>,
+    /// The socket was full at the last flush.
+    blocked: Cell<bool>,
     /// The reader is at work and will flush.
     attended: Cell<bool>,
     /// Wakes the writer task.
     work: Notify,
     /// Told when the queue fell below [`HIGH_WATER`].
     drained: Notify,
+    /// Told when the client has stopped receiving.
+    gone: Notify,
 }
 
 #[derive(Default)]
@@ -106,13 +111,16 @@ pub(super) enum Flushed {
 
 impl Out {
     /// An empty queue before a socket.
-    pub(super) fn new(stream: Rc<Stream>) -> Self {
+    pub(super) fn new(stream: Rc<Stream>, gauge: Rc<Gauge>) -> Self {
         Out {
             stream,
+            gauge,
             queue: RefCell::default(),
+            blocked: Cell::new(false),
             attended: Cell::new(false),
             work: Notify::new(),
             drained: Notify::new(),
+            gone: Notify::new(),
         }
     }
 
@@ -137,7 +145,7 @@ impl Out {
     /// Sends what the socket takes now.
     pub(super) fn flush(&self) -> Flushed {
         let mut q = self.queue.borrow_mut();
-        let was_high = q.bytes >= HIGH_WATER;
+        let (was_high, before) = (q.bytes >= HIGH_WATER, q.total);
         let flushed = loop {
             if q.state == State::Failed {
                 break Flushed::Failed;
@@ -155,12 +163,21 @@ impl Out {
             }
         };
         let is_high = q.bytes >= HIGH_WATER;
+        let (left, sent) = (q.bytes, (q.total - before) as usize);
         drop(q);
         if was_high && !is_high {
             self.drained.notify_waiters();
         }
-        if flushed == Flushed::Full {
-            self.work.notify_one();
+        let full = flushed == Flushed::Full;
+        // who reads as fast as it is answered is not accounted for
+        if self.blocked.replace(full) || full {
+            self.gauge.account().sending(left);
+            self.gauge.account().moved(sent);
+        }
+        match flushed {
+            Flushed::Full => self.work.notify_one(),
+            Flushed::Failed => self.gone.notify_waiters(),
+            Flushed::Empty => {}
         }
         flushed
     }
@@ -186,13 +203,22 @@ impl Out {
     /// Drops what is queued and all that will be: the client does not receive.
     pub(super) fn fail(&self) {
         self.queue.borrow_mut().fail();
+        self.gauge.account().sending(0);
         self.drained.notify_waiters();
+        self.gone.notify_waiters();
         self.work.notify_one();
     }
 
     /// Whether the client has stopped receiving.
     pub(super) fn has_failed(&self) -> bool {
         self.queue.borrow().state == State::Failed
+    }
+
+    /// Completes when the client has stopped receiving.
+    pub(super) async fn gone(&self) {
+        while !self.has_failed() {
+            self.gone.notified().await;
+        }
     }
 
     /// Lets the writer task end when the queue is empty.
@@ -305,7 +331,6 @@ pub(super) async fn write_replies(out: Rc<Out>) {
 mod tests {
     use super::*;
     use crate::nbd::reply;
-    use crate::serve::nbd::gauge::Gauge;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
@@ -319,7 +344,8 @@ mod tests {
     fn replies_ready_together_arrive_in_order_and_free_their_permits() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         crate::ring::run(async {
-            let (out, gauge) = (Out::new(Rc::new(Stream::from_std(ours).unwrap())), Rc::new(Gauge::default()));
+            let gauge = Gauge::alone();
+            let out = Out::new(Rc::new(Stream::from_std(ours).unwrap()), Rc::clone(&gauge));
             out.attend(true);
             for cookie in 0..100 {
                 out.push(queued(&gauge, cookie, (cookie % 2 == 0).then_some(&[cookie as u8; 10])));
@@ -343,7 +369,8 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         crate::ring::run(async {
-            let (out, gauge) = (Out::new(Rc::new(Stream::from_std(ours).unwrap())), Rc::new(Gauge::default()));
+            let gauge = Gauge::alone();
+            let out = Out::new(Rc::new(Stream::from_std(ours).unwrap()), Rc::clone(&gauge));
             let data: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
             out.push(queued(&gauge, 1, Some(&data)));
             assert!(!out.takes_more() && !gauge.is_idle());
@@ -367,7 +394,8 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         crate::ring::run(async {
-            let (out, gauge) = (Out::new(Rc::new(Stream::from_std(ours).unwrap())), Rc::new(Gauge::default()));
+            let gauge = Gauge::alone();
+            let out = Out::new(Rc::new(Stream::from_std(ours).unwrap()), Rc::clone(&gauge));
             out.push(queued(&gauge, 1, Some(b"data")));
             assert!(!gauge.is_idle());
             assert_eq!(out.flush(), Flushed::Failed);

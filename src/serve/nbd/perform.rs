@@ -7,6 +7,7 @@ use super::gauge::Permit;
 use super::out::HIGH_WATER;
 use super::session::{Session, Ticket};
 use crate::block::{Completion, Context, Errno, Extent, Op, Run};
+use crate::export::limiter::Cost;
 use crate::nbd::{MAX_DESCRIPTORS, reply};
 use crate::pagebuf::{PAGE, PageBuf};
 use futures_util::FutureExt;
@@ -111,6 +112,9 @@ pub(super) async fn read_in_pieces(ticket: Ticket, offset: u64, len: usize) {
 type Piece = (u64, Result<(PageBuf, Permit), Errno>);
 
 async fn read_piece(session: &Rc<Session>, at: u64, len: usize) -> Piece {
+    if let Err(e) = session.pace.pay_piece(Cost::data(len as u64), &session.out).await {
+        return (at, Err(e));
+    }
     let permit = session.gauge.memory(memory_of(len)).await;
     (at, read_bytes(session, at, len, false).await.map(|buf| (buf, permit)))
 }

@@ -4,13 +4,16 @@
 //! others become tasks that run to completion whatever happens to the connection. The reader stops reading when too
 //! much is in flight ([`super::gauge`]), and flushes replies before it waits for anything.
 
+use super::budget::SHARE;
 use super::gauge::Permit;
 use super::input::Input;
+use super::pace::cost;
 use super::perform::{
     self, COMPRESSED_WRITE_PIECE, PieceWrite, READ_PIECE, WRITE_PIECE, cut, memory_of, status_memory,
 };
 use super::session::{Session, Ticket};
 use crate::block::{Errno, Op, Request, ZeroFlags};
+use crate::export::limiter::Cost;
 use crate::nbd::request::{Command, Header, Violation};
 use crate::pagebuf::PageBuf;
 use crate::ring;
@@ -43,6 +46,10 @@ pub(super) enum End {
     Ended,
     #[error("client takes no replies")]
     Deaf,
+    #[error("client sent no request for the time that `idletimeout` allows")]
+    Idle,
+    #[error("client kept memory that others waited for, and hardly moved; see `maxmemory`")]
+    Stalled,
     #[error("protocol violation: {0}")]
     Violation(#[from] Violation),
     #[error("connection failed: {0}")]
@@ -110,6 +117,12 @@ impl<'a> Reader<'a> {
         };
         let pieces = self.session.agreed.structured && length as usize > READ_PIECE;
         match command {
+            // these pay as they go on
+            Command::Disc | Command::Write => {}
+            Command::Read { whole: false } if pieces => {}
+            command => self.pay(cost(&command, u64::from(length))).await?,
+        }
+        match command {
             Command::Disc => return Err(End::Disconnected),
             Command::Write => return self.write(header).await,
             Command::Read { whole: false } if pieces => {
@@ -165,6 +178,7 @@ impl<'a> Reader<'a> {
         };
         // A write that must be durable stays whole: it is to be synced once.
         if len <= piece || header.fua() {
+            self.pay(Cost::data(len as u64)).await?;
             let permit = self.permit(memory_of(len)).await?;
             let buf = self.payload(len).await?;
             let ticket = Ticket::new(self.session, &header, permit);
@@ -172,12 +186,14 @@ impl<'a> Reader<'a> {
             return Ok(());
         }
         let ticket = self.ticket(&header, 0).await?;
+        let piece = self.session.gauge.piece(piece);
         let whole = Rc::new(PieceWrite::new(ticket, len));
         for (offset, len) in cut(header.offset, len, piece) {
             if whole.has_failed() {
                 self.skip(len).await?;
                 continue;
             }
+            self.pay(Cost::data(len as u64)).await?;
             let memory = self.memory(memory_of(len)).await?;
             let buf = self.payload(len).await?;
             self.start(perform::write_piece(Rc::clone(&whole), Rc::clone(self.session), offset, buf, memory)).await;
@@ -213,6 +229,15 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Waits until the export's limits allow what this costs.
+    async fn pay(&mut self, cost: Cost) -> Result<(), End> {
+        let pace = &self.session.pace;
+        match pace.is_free() {
+            true => Ok(()),
+            false => self.wait(pace.pay(cost)).await,
+        }
+    }
+
     async fn memory(&mut self, bytes: usize) -> Result<Permit, End> {
         let session = self.session;
         self.wait(session.gauge.memory(bytes)).await
@@ -222,6 +247,7 @@ impl<'a> Reader<'a> {
     async fn payload(&mut self, len: usize) -> Result<PageBuf, End> {
         let mut buf = PageBuf::new(len);
         let mut got = self.input.take_into(&mut buf);
+        let mut waited = false;
         while got < len {
             if len - got <= SMALL_REST {
                 if self.receive().await? == 0 {
@@ -232,9 +258,23 @@ impl<'a> Reader<'a> {
             }
             match self.session.stream.try_read(&mut buf[got..]) {
                 Ok(0) => return Err(End::Truncated),
-                Ok(n) => got += n,
-                Err(e) => self.readable_after(e).await?,
+                Ok(n) => {
+                    got += n;
+                    if waited {
+                        self.session.gauge.account().moved(n);
+                    }
+                }
+                Err(e) => {
+                    if len > SHARE {
+                        waited = true;
+                        self.session.gauge.account().receiving(len);
+                    }
+                    self.readable_after(e).await?;
+                }
             }
+        }
+        if waited {
+            self.session.gauge.account().receiving(0);
         }
         Ok(buf)
     }

@@ -2,6 +2,7 @@
 
 use super::gauge::{Gauge, Permit};
 use super::out::{Out, Payload, Reply};
+use super::pace::Pace;
 use crate::block::{Completion, Errno, Geometry, Op, Request};
 use crate::export::service::Export;
 use crate::export::usage::{Connection, Kind};
@@ -26,6 +27,7 @@ pub(super) struct Session {
     pub(super) agreed: Agreed,
     pub(super) out: Rc<Out>,
     pub(super) gauge: Rc<Gauge>,
+    pub(super) pace: Pace,
     /// Where its requests are counted.
     pub(super) connection: Arc<Connection>,
 }
