@@ -4,6 +4,7 @@
 pub mod daemon;
 pub mod features;
 pub mod holder;
+pub mod libnbd;
 pub mod nbd;
 pub mod operations;
 pub mod parts;
