@@ -57,6 +57,8 @@ pub struct ExportConfig {
     pub trim: Option<bool>,
     /// Tell clients that the storage rotates.
     pub rotational: bool,
+    /// Words for people, told to clients that ask.
+    pub description: Option<String>,
     /// Clients at one time; `None`: no limit.
     pub max_connections: Option<u32>,
     /// How the image is used.
@@ -81,6 +83,7 @@ impl ExportConfig {
             fua: None,
             trim: None,
             rotational: false,
+            description: None,
             max_connections: None,
             image: ImageKeys::default(),
             client: ClientKeys::default(),
@@ -105,6 +108,7 @@ impl ExportConfig {
             fua,
             trim,
             rotational,
+            description,
             max_connections,
             image,
             client,
@@ -114,6 +118,7 @@ impl ExportConfig {
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
             && (flush, fua, trim) == (&other.flush, &other.fua, &other.trim)
             && (rotational, max_connections) == (&other.rotational, &other.max_connections)
+            && description == &other.description
             && (image, client) == (&other.image, &other.client)
     }
 }
@@ -473,6 +478,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "fua" => config.fua = reader.boolean(at),
             "trim" => config.trim = reader.boolean(at),
             "rotational" => config.rotational = reader.boolean(at).unwrap_or(false),
+            "description" => config.description = description(at, reader),
             "maxconnections" => config.max_connections = max_connections(at, reader),
             _ if config.image.read(at, reader) || client.read(at, reader) || config.limits.read(at, reader) => {}
             _ => unsupported(at, reader),
@@ -496,6 +502,16 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     config.read_only |= config.image.snapshot.is_some() && config.client.copy_on_write.is_none();
     let usable = reader.problems[before..].iter().all(|p| p.severity == Severity::Warning);
     usable.then_some(config)
+}
+
+/// A string of the NBD protocol.
+fn description(at: At<'_>, reader: &mut Reader<'_>) -> Option<String> {
+    let text = reader.string(at)?;
+    if text.len() > MAX_NAME_BYTES {
+        let what = format!("a description has at most {MAX_NAME_BYTES} bytes in the NBD protocol");
+        reader.key(Severity::Error, at, what, "shorten it");
+    }
+    (!text.is_empty()).then_some(text)
 }
 
 fn check_name(group: &Group, reader: &mut Reader<'_>) {

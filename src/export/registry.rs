@@ -120,9 +120,10 @@ impl Registry {
         self.table().exports.get(name).cloned()
     }
 
-    /// The names of all exports, sorted.
-    pub fn names(&self) -> Vec<String> {
-        self.table().exports.keys().cloned().collect()
+    /// The names of all exports, sorted, and their descriptions.
+    pub fn names(&self) -> Vec<(String, Option<String>)> {
+        let describe = |(name, entry): (&String, &Entry)| (name.clone(), entry.export.config().description.clone());
+        self.table().exports.iter().map(describe).collect()
     }
 
     /// All exports, sorted by name.

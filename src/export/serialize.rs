@@ -72,6 +72,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         fua,
         trim,
         rotational,
+        description,
         max_connections,
         image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot, lock_timeout },
         client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
@@ -90,6 +91,9 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     group.choice("fua", *fua);
     group.choice("trim", *trim);
     group.flag("rotational", *rotational);
+    if let Some(text) = description {
+        group.text("description", text);
+    }
     if let Some(limit) = max_connections {
         group.line("maxconnections", limit);
     }
@@ -270,6 +274,7 @@ mod tests {
             fua: Some(false),
             trim: Some(true),
             rotational: true,
+            description: Some("the mail server's disk".into()),
             max_connections: Some(7),
             image: ImageKeys {
                 compress: Some(Compression::Zlib),
@@ -304,6 +309,7 @@ mod tests {
             "fua = false",
             "trim = true",
             "rotational = true",
+            "description = the mail server's disk",
             "maxconnections = 7",
             "compress = zlib",
             "detectzeroes = unmap",
@@ -402,6 +408,7 @@ mod tests {
             fua: Option<bool>,
             trim: Option<bool>,
             rotational: bool,
+            description in proptest::option::of("[^\0]{1,40}"),
             max_connections in proptest::option::of(prop_oneof![1..9_u32, any::<u32>()]),
             image in image_keys(),
             client in client_keys(),
@@ -412,7 +419,7 @@ mod tests {
             let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
             let limits = LimitKeys { bandwidth, iops: bandwidth.map(|n| n % 1000 + 1), idle_timeout: idle_ms.map(Duration::from_millis) };
             ExportConfig {
-                limits, format, read_only, flush, fua, trim, rotational, max_connections, image, client,
+                limits, format, read_only, flush, fua, trim, rotational, description, max_connections, image, client,
                 ..export(&name, &path)
             }
         }

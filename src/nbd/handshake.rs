@@ -2,8 +2,8 @@
 //!
 //! The connection feeds what it received ([`Handshake::feed`]) and asks for the next [`Step`]. Before it acts on any
 //! step it sends what [`Handshake::take_output`] holds. What the machine cannot know (which exports exist, their size
-//! and features) it asks for with [`Step::Export`] and [`Step::List`]; the answer comes through
-//! [`Handshake::export`] and [`Handshake::list`], and asking for the next step goes on. With [`Step::StartTls`] the
+//! and features) it asks for with [`Step::Export`], [`Step::Contexts`] and [`Step::List`]; the answer comes through
+//! [`Handshake::export`], [`Handshake::contexts`] and [`Handshake::list`], and asking for the next step goes on. With [`Step::StartTls`] the
 //! connection is to be encrypted; [`Handshake::tls_started`] says that it is, and negotiation begins anew.
 //!
 //! However the client's bytes are split, the steps and the output are the same. Memory is bounded: option data above
@@ -11,13 +11,14 @@
 
 use super::options::{self, BadData, InfoQuery, MetaQuery};
 use super::{
-    BASE_ALLOCATION, BASE_ALLOCATION_ID, MAX_OPTION_DATA, MAX_OPTIONS, MAX_STRING, NBD_FLAG_C_FIXED_NEWSTYLE,
-    NBD_FLAG_C_NO_ZEROES, NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES, NBD_FLAG_SEND_DF, NBD_INFO_BLOCK_SIZE,
-    NBD_INFO_DESCRIPTION, NBD_INFO_EXPORT, NBD_INFO_NAME, NBD_MAGIC, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME, NBD_OPT_GO,
-    NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_STARTTLS,
-    NBD_OPT_STRUCTURED_REPLY, NBD_OPTION_MAGIC, NBD_REP_ACK, NBD_REP_ERR_INVALID, NBD_REP_ERR_POLICY,
-    NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP,
-    NBD_REP_INFO, NBD_REP_META_CONTEXT, NBD_REP_SERVER, NBD_REPLY_MAGIC,
+    MAX_LISTED_CONTEXTS, MAX_OPTION_DATA, MAX_OPTIONS, MAX_STRING, NBD_FLAG_BLOCK_STATUS_PAYLOAD,
+    NBD_FLAG_C_FIXED_NEWSTYLE, NBD_FLAG_C_NO_ZEROES, NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES, NBD_FLAG_SEND_DF,
+    NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION, NBD_INFO_EXPORT, NBD_INFO_NAME, NBD_MAGIC, NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME, NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO, NBD_OPT_INFO, NBD_OPT_LIST, NBD_OPT_LIST_META_CONTEXT,
+    NBD_OPT_SET_META_CONTEXT, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY, NBD_OPTION_MAGIC, NBD_REP_ACK,
+    NBD_REP_ERR_EXT_HEADER_REQD, NBD_REP_ERR_INVALID, NBD_REP_ERR_POLICY, NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD,
+    NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP, NBD_REP_INFO, NBD_REP_META_CONTEXT, NBD_REP_SERVER,
+    NBD_REPLY_MAGIC,
 };
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -30,10 +31,11 @@ pub struct Handshake {
     input: BytesMut,
     output: Vec<u8>,
     no_zeroes: bool,
-    structured: bool,
-    /// The export `base:allocation` was selected for.
-    allocation_of: Option<String>,
+    replies: Replies,
+    selection: Option<Selection>,
     options: u32,
+    /// The server is going away.
+    shutdown: bool,
     tls: Tls,
 }
 
@@ -51,6 +53,33 @@ pub enum Tls {
     Started,
 }
 
+/// The form of the replies, and with it that of the requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Replies {
+    /// One reply to a request, data or an error.
+    #[default]
+    Simple,
+    /// Any number of chunks to a request.
+    Structured,
+    /// The same with 64-bit lengths in requests and replies.
+    Extended,
+}
+
+/// A metadata context that the client selected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selected {
+    /// Its number on this connection.
+    pub id: u32,
+    /// Its name, as the export gave it.
+    pub name: String,
+}
+
+/// What a client selected last, and of which export.
+struct Selection {
+    export: String,
+    contexts: Vec<Selected>,
+}
+
 /// What the connection does next, after sending the output.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
@@ -62,6 +91,13 @@ pub enum Step {
         name: String,
         /// Why it asks.
         purpose: Purpose,
+    },
+    /// Answer with [`Handshake::contexts`].
+    Contexts {
+        /// The export as the client named it.
+        name: String,
+        /// Contexts beyond `base:allocation` are asked for.
+        beyond_base: bool,
     },
     /// Answer with [`Handshake::list`].
     List,
@@ -76,8 +112,6 @@ pub enum Step {
 /// Why an export is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Only whether it exists; size and flags of the answer are not used.
-    Exists,
     /// To describe it.
     Info,
     /// To serve it at once if the answer allows it.
@@ -93,7 +127,8 @@ pub struct ExportInfo {
     pub description: Option<String>,
     /// Size in bytes.
     pub size: u64,
-    /// Transmission flags without `NBD_FLAG_SEND_DF`, which depends on the negotiation.
+    /// Transmission flags without those that depend on the negotiation: `NBD_FLAG_SEND_DF` and
+    /// `NBD_FLAG_BLOCK_STATUS_PAYLOAD`.
     pub flags: u16,
     /// Smallest request and alignment in bytes.
     pub min_block: u32,
@@ -123,10 +158,19 @@ pub struct Agreed {
     pub name: String,
     /// Transmission flags as sent.
     pub flags: u16,
-    /// Structured replies.
-    pub structured: bool,
-    /// Block status of `base:allocation` may be asked for.
-    pub base_allocation: bool,
+    /// Form of requests and replies.
+    pub replies: Replies,
+    /// Of these the client may ask block status.
+    pub contexts: Vec<Selected>,
+}
+
+/// An export in the list of all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Canonical name.
+    pub name: String,
+    /// Words for people.
+    pub description: Option<String>,
 }
 
 /// Why a handshake ends without transmission phase.
@@ -152,6 +196,9 @@ pub enum Violation {
     /// `NBD_OPT_EXPORT_NAME` with a name that cannot be one.
     #[error("export name of {0} bytes is too long or not UTF-8")]
     Name(u32),
+    /// `NBD_OPT_EXPORT_NAME` with extended headers, to which it has no answer.
+    #[error("NBD_OPT_EXPORT_NAME after NBD_OPT_EXTENDED_HEADERS")]
+    ExportName,
     /// Something in clear text behind `NBD_OPT_STARTTLS`, which must not be taken for something encrypted.
     #[error("{0} bytes in clear text behind NBD_OPT_STARTTLS")]
     PlainText(usize),
@@ -203,9 +250,10 @@ impl Handshake {
             input: BytesMut::new(),
             output,
             no_zeroes: false,
-            structured: false,
-            allocation_of: None,
+            replies: Replies::Simple,
+            selection: None,
             options: 0,
+            shutdown: false,
             tls,
         }
     }
@@ -272,24 +320,42 @@ impl Handshake {
         match std::mem::replace(&mut self.phase, Phase::Option) {
             Phase::Asked(Question::ExportName(name)) => self.export_name(name, answer),
             Phase::Asked(Question::Info { option, query }) => self.info(option, query, answer),
-            Phase::Asked(Question::Meta { option, query }) => self.meta(option, query, answer),
             _ => unreachable!("an answer follows its question"),
         }
     }
 
-    /// Answers [`Step::List`] with the names of all exports. Panics when that was not the latest step.
-    pub fn list(&mut self, answer: Result<Vec<String>, Refusal>) {
+    /// Answers [`Step::Contexts`] with the names of the export's contexts. Panics when that was not the latest step.
+    pub fn contexts(&mut self, answer: Result<Vec<String>, Refusal>) {
+        match std::mem::replace(&mut self.phase, Phase::Option) {
+            Phase::Asked(Question::Meta { option, query }) => match answer {
+                Ok(known) if option == NBD_OPT_SET_META_CONTEXT => self.select(query, known),
+                Ok(known) => self.list_contexts(&query, known),
+                Err(refusal) => self.refuse(option, &refusal),
+            },
+            _ => unreachable!("an answer follows its question"),
+        }
+    }
+
+    /// Answers [`Step::List`] with all exports. Panics when that was not the latest step.
+    pub fn list(&mut self, answer: Result<Vec<Listed>, Refusal>) {
         assert!(matches!(self.phase, Phase::Asked(Question::List)), "an answer follows its question");
         self.phase = Phase::Option;
         match answer {
-            Ok(names) => {
-                for name in names {
-                    self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &[&(name.len() as u32).to_be_bytes(), name.as_bytes()]);
+            Ok(exports) => {
+                for Listed { name, description } in exports {
+                    let words = description.unwrap_or_default();
+                    let len = (name.len() as u32).to_be_bytes();
+                    self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &[&len, name.as_bytes(), words.as_bytes()]);
                 }
                 self.reply(NBD_OPT_LIST, NBD_REP_ACK, &[]);
             }
             Err(refusal) => self.refuse(NBD_OPT_LIST, &refusal),
         }
+    }
+
+    /// Says that the server is going away: from now on every option but `NBD_OPT_ABORT` is answered so.
+    pub fn shut_down(&mut self) {
+        self.shutdown = true;
     }
 
     /// Says that [`Step::StartTls`] is done. What was negotiated in clear text is forgotten. Panics when that was not the
@@ -298,8 +364,8 @@ impl Handshake {
         assert!(matches!(self.phase, Phase::StartTls), "TLS starts when it was asked for");
         self.phase = Phase::Option;
         self.tls = Tls::Started;
-        self.structured = false;
-        self.allocation_of = None;
+        self.replies = Replies::Simple;
+        self.selection = None;
     }
 
     /// Takes `N` bytes; without them stays in `phase`.
@@ -350,6 +416,13 @@ impl Handshake {
     /// Acts on an option with its whole data. Leaves the next phase behind, unless there is something to ask first.
     fn option(&mut self, option: u32, data: &[u8]) -> Option<Question> {
         self.phase = Phase::Option;
+        if self.shutdown && option != NBD_OPT_ABORT {
+            match option {
+                NBD_OPT_EXPORT_NAME => self.phase = Phase::Over(Step::Close(Closing::Refused(Refusal::Shutdown))),
+                _ => self.refuse(option, &Refusal::Shutdown),
+            }
+            return None;
+        }
         if self.tls == Tls::Required && !matches!(option, NBD_OPT_STARTTLS | NBD_OPT_ABORT) {
             match option {
                 NBD_OPT_EXPORT_NAME => self.phase = Phase::Over(Step::Close(Closing::Refused(Refusal::TlsRequired))),
@@ -358,6 +431,7 @@ impl Handshake {
             return None;
         }
         match option {
+            NBD_OPT_EXPORT_NAME if self.replies == Replies::Extended => self.phase = violation(Violation::ExportName),
             NBD_OPT_EXPORT_NAME => match options::string(data) {
                 Ok(name) => return Some(Question::ExportName(name)),
                 Err(_) => self.phase = violation(Violation::Name(data.len() as u32)),
@@ -366,12 +440,18 @@ impl Handshake {
                 self.reply(option, NBD_REP_ACK, &[]);
                 self.phase = Phase::Over(Step::Close(Closing::Aborted));
             }
-            NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY | NBD_OPT_STARTTLS if !data.is_empty() => {
+            NBD_OPT_LIST | NBD_OPT_STRUCTURED_REPLY | NBD_OPT_STARTTLS | NBD_OPT_EXTENDED_HEADERS
+                if !data.is_empty() =>
+            {
                 self.error(option, NBD_REP_ERR_INVALID, "this option takes no data");
             }
             NBD_OPT_LIST => return Some(Question::List),
-            NBD_OPT_STRUCTURED_REPLY => {
-                self.structured = true;
+            NBD_OPT_STRUCTURED_REPLY if self.replies == Replies::Extended => {
+                self.error(option, NBD_REP_ERR_EXT_HEADER_REQD, "extended headers have been agreed on");
+            }
+            NBD_OPT_STRUCTURED_REPLY | NBD_OPT_EXTENDED_HEADERS => {
+                let structured = option == NBD_OPT_STRUCTURED_REPLY;
+                self.replies = if structured { Replies::Structured } else { Replies::Extended };
                 self.reply(option, NBD_REP_ACK, &[]);
             }
             NBD_OPT_STARTTLS => self.start_tls(),
@@ -402,10 +482,10 @@ impl Handshake {
     fn meta_option(&mut self, option: u32, data: &[u8]) -> Option<Question> {
         if option == NBD_OPT_SET_META_CONTEXT {
             // A new selection replaces the old one, also when it fails.
-            self.allocation_of = None;
+            self.selection = None;
         }
-        if !self.structured {
-            self.error(option, NBD_REP_ERR_INVALID, "metadata contexts need structured replies first");
+        if self.replies == Replies::Simple {
+            self.error(option, NBD_REP_ERR_INVALID, "metadata contexts need structured replies or extended headers");
             return None;
         }
         match options::meta_query(data) {
@@ -423,7 +503,10 @@ impl Handshake {
                 let purpose = if *option == NBD_OPT_GO { Purpose::Go } else { Purpose::Info };
                 Step::Export { name: query.name.clone(), purpose }
             }
-            Question::Meta { query, .. } => Step::Export { name: query.name.clone(), purpose: Purpose::Exists },
+            Question::Meta { option, query } => {
+                let beyond_base = query.beyond_base(*option == NBD_OPT_LIST_META_CONTEXT);
+                Step::Contexts { name: query.name.clone(), beyond_base }
+            }
         };
         self.phase = Phase::Asked(question);
         step
@@ -472,48 +555,66 @@ impl Handshake {
         }
     }
 
-    fn meta(&mut self, option: u32, query: MetaQuery, answer: Result<ExportInfo, Refusal>) {
-        if let Err(refusal) = answer {
-            return self.refuse(option, &refusal);
+    fn list_contexts(&mut self, query: &MetaQuery, known: Vec<String>) {
+        let option = NBD_OPT_LIST_META_CONTEXT;
+        let named: Vec<String> = known.into_iter().filter(|name| query.lists(name)).collect();
+        if named.iter().map(String::len).sum::<usize>() > MAX_LISTED_CONTEXTS {
+            return self.error(
+                option,
+                NBD_REP_ERR_TOO_BIG,
+                "too many contexts for a list: name the one that is wanted",
+            );
         }
-        let set = option == NBD_OPT_SET_META_CONTEXT;
-        if query.allocation || (!set && (query.wildcard || query.empty)) {
+        for name in named {
             // A list's context ID is reserved.
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            self.reply(option, NBD_REP_META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
-            if set {
-                self.allocation_of = Some(query.name);
-            }
+            self.reply(option, NBD_REP_META_CONTEXT, &[&[0; 4], name.as_bytes()]);
         }
         self.reply(option, NBD_REP_ACK, &[]);
     }
 
+    fn select(&mut self, query: MetaQuery, known: Vec<String>) {
+        let option = NBD_OPT_SET_META_CONTEXT;
+        let names = known.into_iter().filter(|name| query.selects(name));
+        let contexts: Vec<Selected> = names.zip(1..).map(|(name, id)| Selected { id, name }).collect();
+        for Selected { id, name } in &contexts {
+            self.reply(option, NBD_REP_META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
+        }
+        self.selection = Some(Selection { export: query.name, contexts });
+        self.reply(option, NBD_REP_ACK, &[]);
+    }
+
     fn agreed(&self, name: String, info: &ExportInfo) -> Agreed {
-        let df = if self.structured { NBD_FLAG_SEND_DF } else { 0 };
+        // A selection made for another export does not count.
+        let selection = self.selection.as_ref().filter(|selection| selection.export == name);
+        let contexts = selection.map_or_else(Vec::new, |selection| selection.contexts.clone());
+        let flag = |condition: bool, flag: u16| if condition { flag } else { 0 };
+        let filter = self.replies == Replies::Extended && !contexts.is_empty();
         Agreed {
-            // A selection made for another export does not count.
-            base_allocation: self.allocation_of.as_ref() == Some(&name),
             name,
-            flags: info.flags | df,
-            structured: self.structured,
+            flags: info.flags
+                | flag(self.replies != Replies::Simple, NBD_FLAG_SEND_DF)
+                | flag(filter, NBD_FLAG_BLOCK_STATUS_PAYLOAD),
+            replies: self.replies,
+            contexts,
         }
     }
 
     /// The end of an option whose data was too long to look at.
     fn too_long(&mut self, option: u32) {
         match option {
-            _ if self.tls == Tls::Required && option != NBD_OPT_STARTTLS => {
-                assert!(self.option(option, &[]).is_none(), "without TLS nothing is asked");
+            _ if self.shutdown || (self.tls == Tls::Required && option != NBD_OPT_STARTTLS) => {
+                assert!(self.option(option, &[]).is_none(), "without TLS or a future nothing is asked");
             }
             NBD_OPT_LIST
             | NBD_OPT_STARTTLS
             | NBD_OPT_INFO
             | NBD_OPT_GO
             | NBD_OPT_STRUCTURED_REPLY
+            | NBD_OPT_EXTENDED_HEADERS
             | NBD_OPT_LIST_META_CONTEXT
             | NBD_OPT_SET_META_CONTEXT => {
                 if option == NBD_OPT_SET_META_CONTEXT {
-                    self.allocation_of = None;
+                    self.selection = None;
                 }
                 self.phase = Phase::Option;
                 self.error(option, NBD_REP_ERR_TOO_BIG, "option data is limited to 64 KiB");

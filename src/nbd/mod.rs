@@ -25,10 +25,14 @@ pub const NBD_OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const NBD_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Before every request.
 pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Before every request with an extended header.
+pub const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// Before every simple reply.
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Before every structured reply chunk.
 pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Before every reply chunk with an extended header.
+pub const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag: options other than `NBD_OPT_EXPORT_NAME` get replies.
 pub const NBD_FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -62,6 +66,8 @@ pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
 /// Transmission flag: `NBD_CMD_FLAG_FAST_ZERO` is understood.
 pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+/// Transmission flag: `NBD_CMD_BLOCK_STATUS` may name the contexts it wants (extended headers only).
+pub const NBD_FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 /// Option: choose the export without error replies.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
@@ -81,7 +87,7 @@ pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
 pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
 /// Option: select metadata contexts.
 pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
-/// Option of an experimental extension: 64-bit requests.
+/// Option of the extended headers extension: 64-bit lengths in both directions.
 pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Option reply: accepted, or the end of a list.
@@ -106,6 +112,8 @@ pub const NBD_REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 pub const NBD_REP_ERR_SHUTDOWN: u32 = (1 << 31) + 7;
 /// Option error: longer than the server accepts.
 pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
+/// Option error: extended headers have been agreed on, and there is no way back.
+pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 /// Information item: size and transmission flags.
 pub const NBD_INFO_EXPORT: u16 = 0;
@@ -143,6 +151,8 @@ pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
 pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// Command flag: fail rather than be as slow as a write.
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag: the length is that of a payload behind the header (extended headers only).
+pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Chunk flag: the last chunk of this reply.
 pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
@@ -150,15 +160,16 @@ pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
 pub const NBD_REPLY_TYPE_NONE: u16 = 0;
 /// Chunk: content at an offset.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
+/// Chunk: zeroes at an offset.
+pub const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 /// Chunk: extents of one metadata context.
 pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// Chunk: extents of one metadata context, with 64-bit lengths (extended headers only).
+pub const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk: the request failed.
 pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
-
-/// `base:allocation` status: no storage behind this extent.
-pub const NBD_STATE_HOLE: u32 = 1 << 0;
-/// `base:allocation` status: reads as zeroes.
-pub const NBD_STATE_ZERO: u32 = 1 << 1;
+/// Chunk: the request failed at an offset.
+pub const NBD_REPLY_TYPE_ERROR_OFFSET: u16 = (1 << 15) + 2;
 
 /// Longest string of the protocol (export names, queries, messages), in bytes.
 pub const MAX_STRING: usize = 4096;
@@ -174,7 +185,9 @@ pub const MAX_PAYLOAD: u32 = 64 << 20;
 /// Most descriptors in one `NBD_REPLY_TYPE_BLOCK_STATUS` chunk.
 pub const MAX_DESCRIPTORS: usize = 1 << 20;
 
-/// The metadata context we know.
+/// Most bytes of names in one list of metadata contexts. An image can have tens of thousands of bitmaps; whoever
+/// wants one of so many has to name it.
+pub const MAX_LISTED_CONTEXTS: usize = 256 << 10;
+
+/// The metadata context of the specification.
 pub const BASE_ALLOCATION: &str = "base:allocation";
-/// Its context ID on every connection.
-pub const BASE_ALLOCATION_ID: u32 = 1;

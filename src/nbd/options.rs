@@ -1,6 +1,6 @@
 //! What the data of an option says. Called by the handshake with the whole data of one option.
 
-use super::{BASE_ALLOCATION, MAX_QUERIES, MAX_STRING, NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION, NBD_INFO_NAME};
+use super::{MAX_QUERIES, MAX_STRING, NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION, NBD_INFO_NAME};
 use bytes::Buf;
 
 /// Why option data cannot be used.
@@ -21,16 +21,31 @@ pub(super) struct InfoQuery {
     pub want_block_size: bool,
 }
 
-/// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`, as far as we have contexts to offer.
+/// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`: the export, and what is asked for of it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct MetaQuery {
     pub name: String,
-    /// No query at all: everything for LIST, nothing for SET.
-    pub empty: bool,
-    /// `base:allocation` was named.
-    pub allocation: bool,
-    /// The wildcard `base:` was named.
-    pub wildcard: bool,
+    pub queries: Vec<String>,
+}
+
+impl MetaQuery {
+    /// Which of an export's `contexts` a LIST asks for: all without a query, else those named and, with an empty leaf
+    /// name (`base:`, `qemu:`, `qemu:dirty-bitmap:`), those that begin so.
+    pub(super) fn lists(&self, context: &str) -> bool {
+        let matches =
+            |query: &String| query == context || (query.ends_with(':') && context.starts_with(query.as_str()));
+        self.queries.is_empty() || self.queries.iter().any(matches)
+    }
+
+    /// Whether a SET selects this context: only its own name does.
+    pub(super) fn selects(&self, context: &str) -> bool {
+        self.queries.iter().any(|query| query == context)
+    }
+
+    /// Whether contexts beyond the namespace `base:` are asked for, of which only the image knows.
+    pub(super) fn beyond_base(&self, empty_is_all: bool) -> bool {
+        (self.queries.is_empty() && empty_is_all) || self.queries.iter().any(|query| !query.starts_with("base:"))
+    }
 }
 
 /// A string of the protocol: valid UTF-8 without NUL, within the length limit.
@@ -65,19 +80,11 @@ pub(super) fn meta_query(mut data: &[u8]) -> Result<MetaQuery, BadData> {
     if count > MAX_QUERIES {
         return Err(BadData::TooBig("too many queries"));
     }
-    let mut query = MetaQuery { name, empty: count == 0, allocation: false, wildcard: false };
-    for _ in 0..count {
-        // Unknown namespaces and leaf names are ignored, as the specification demands.
-        match string(counted(&mut data)?)?.as_str() {
-            BASE_ALLOCATION => query.allocation = true,
-            "base:" => query.wildcard = true,
-            _ => {}
-        }
-    }
+    let queries = (0..count).map(|_| string(counted(&mut data)?)).collect::<Result<_, _>>()?;
     if !data.is_empty() {
         return Err(BadData::Malformed("data after the last query"));
     }
-    Ok(query)
+    Ok(MetaQuery { name, queries })
 }
 
 const TRUNCATED: BadData = BadData::Malformed("the data ends too early");
@@ -137,10 +144,9 @@ mod tests {
 
     #[test]
     fn meta_queries() {
-        let q = meta_query(&meta("disk", &["qemu:allocation-depth", "base:allocation", "base:other"])).unwrap();
-        assert_eq!(q, MetaQuery { name: "disk".into(), empty: false, allocation: true, wildcard: false });
-        assert!(meta_query(&meta("disk", &[])).unwrap().empty);
-        assert!(meta_query(&meta("disk", &["base:"])).unwrap().wildcard);
+        let asked = ["qemu:allocation-depth", "base:allocation", "base:other", "nonsense"];
+        let q = meta_query(&meta("disk", &asked)).unwrap();
+        assert_eq!(q, MetaQuery { name: "disk".into(), queries: asked.map(String::from).to_vec() });
         assert!(meta_query(&meta("disk", &vec!["base:x"; MAX_QUERIES])).is_ok());
         assert!(matches!(meta_query(&meta("disk", &vec!["base:x"; MAX_QUERIES + 1])), Err(BadData::TooBig(_))));
         let mut trailing = meta("disk", &["base:"]);
@@ -148,6 +154,25 @@ mod tests {
         assert!(matches!(meta_query(&trailing), Err(BadData::Malformed(_))));
         trailing.truncate(trailing.len() - 2);
         assert!(matches!(meta_query(&trailing), Err(BadData::Malformed(_))));
+    }
+
+    #[test]
+    fn which_contexts_a_query_means() {
+        let contexts = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:"];
+        let ask = |queries: &[&str]| {
+            let q = meta_query(&meta("disk", queries)).unwrap();
+            let those = |f: &dyn Fn(&str) -> bool| -> Vec<usize> { (0..4).filter(|&i| f(contexts[i])).collect() };
+            (those(&|c| q.lists(c)), those(&|c| q.selects(c)), q.beyond_base(true))
+        };
+        assert_eq!(ask(&[]), (vec![0, 1, 2, 3], vec![], true));
+        assert_eq!(ask(&["base:"]), (vec![0], vec![], false));
+        assert_eq!(ask(&["base:allocation", "base:allocation"]), (vec![0], vec![0], false));
+        assert_eq!(ask(&["qemu:"]), (vec![1, 2, 3], vec![], true));
+        // a bitmap may have no name, and is then selected by what is otherwise a wildcard
+        assert_eq!(ask(&["qemu:dirty-bitmap:"]), (vec![2, 3], vec![3], true));
+        assert_eq!(ask(&["qemu:dirty-bitmap:a"]), (vec![2], vec![2], true));
+        assert_eq!(ask(&["base", "allocation", "", ":", "base:alloc", "x-other:y"]), (vec![], vec![], true));
+        assert!(!meta_query(&meta("disk", &[])).unwrap().beyond_base(false));
     }
 
     proptest! {

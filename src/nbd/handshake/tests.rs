@@ -1,7 +1,7 @@
 //! The handshake, driven by bytes as a client sends them.
 
 use super::*;
-use crate::nbd::{NBD_FLAG_HAS_FLAGS, NBD_OPT_EXTENDED_HEADERS};
+use crate::nbd::{BASE_ALLOCATION, NBD_FLAG_HAS_FLAGS};
 use proptest::prelude::*;
 
 mod tls;
@@ -18,6 +18,19 @@ fn info() -> ExportInfo {
     }
 }
 
+fn listed(name: &str, description: Option<&str>) -> Listed {
+    Listed { name: name.into(), description: description.map(str::to_owned) }
+}
+
+fn contexts(name: &str, beyond_base: bool) -> Result<Vec<String>, Refusal> {
+    let all = [BASE_ALLOCATION, "qemu:allocation-depth", "qemu:dirty-bitmap:a"];
+    match name {
+        "disk" => Ok(all.iter().take(if beyond_base { 3 } else { 1 }).map(ToString::to_string).collect()),
+        "many" => Ok((0..300).map(|i| format!("qemu:dirty-bitmap:{}{i}", "x".repeat(1000))).collect()),
+        _ => Err(Refusal::Unknown("none".into())),
+    }
+}
+
 /// Answers like a server with one export, "disk".
 fn drive(h: &mut Handshake) -> Step {
     loop {
@@ -25,7 +38,8 @@ fn drive(h: &mut Handshake) -> Step {
             Step::Export { name, .. } if name == "disk" => h.export(Ok(info())),
             Step::Export { name, .. } if name == "secret" => h.export(Err(Refusal::Policy("no".into()))),
             Step::Export { name, .. } => h.export(Err(Refusal::Unknown(format!("no export {name}")))),
-            Step::List => h.list(Ok(vec!["disk".into(), "".into()])),
+            Step::Contexts { name, beyond_base } => h.contexts(contexts(&name, beyond_base)),
+            Step::List => h.list(Ok(vec![listed("disk", Some("a disk")), listed("", None)])),
             step => return step,
         }
     }
@@ -117,7 +131,7 @@ fn export_name_with_and_without_zeroes() {
         h.feed(&option(NBD_OPT_EXPORT_NAME, b"disk"));
         h.feed(b"first request");
         let agreed = agreed(drive(&mut h));
-        assert_eq!(agreed, Agreed { name: "disk".into(), flags: 1, structured: false, base_allocation: false });
+        assert_eq!(agreed, Agreed { name: "disk".into(), flags: 1, replies: Replies::Simple, contexts: vec![] });
         let output = h.take_output();
         assert_eq!(output.len(), len);
         assert_eq!(output[..10], [0, 0, 0, 0, 0x40, 0, 0, 0, 0, 1]);
@@ -148,7 +162,7 @@ fn go_sends_what_was_asked_for() {
     assert_eq!(replies[2], (NBD_REP_INFO, b"\0\x02a disk".to_vec()));
     assert_eq!(replies[3], (NBD_REP_INFO, vec![0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]));
     assert_eq!(replies[4], (NBD_REP_ACK, vec![]));
-    assert!(!agreed(step).structured);
+    assert_eq!(agreed(step).replies, Replies::Simple);
 }
 
 #[test]
@@ -175,13 +189,64 @@ fn structured_replies_bring_df() {
     assert_eq!(kinds(&mut h, NBD_OPT_STRUCTURED_REPLY, b""), [NBD_REP_ACK]);
     let agreed = agreed(exchange(&mut h, NBD_OPT_GO, &info_data("disk", &[])).1);
     assert_eq!(agreed.flags, NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_DF);
-    assert!(agreed.structured && !agreed.base_allocation);
+    assert!(agreed.replies == Replies::Structured && agreed.contexts.is_empty());
+}
+
+#[test]
+fn extended_headers_take_precedence() {
+    let mut h = ready();
+    assert_eq!(kinds(&mut h, NBD_OPT_EXTENDED_HEADERS, b"x"), [NBD_REP_ERR_INVALID]);
+    assert_eq!(kinds(&mut h, NBD_OPT_EXTENDED_HEADERS, &vec![0; MAX_OPTION_DATA + 1]), [NBD_REP_ERR_TOO_BIG]);
+    assert_eq!(kinds(&mut h, NBD_OPT_EXTENDED_HEADERS, b""), [NBD_REP_ACK]);
+    assert_eq!(kinds(&mut h, NBD_OPT_EXTENDED_HEADERS, b""), [NBD_REP_ACK]);
+    assert_eq!(kinds(&mut h, NBD_OPT_STRUCTURED_REPLY, b""), [NBD_REP_ERR_EXT_HEADER_REQD]);
+    // the filter of block status is offered when there is something to filter
+    let go = |h: &mut Handshake| agreed(exchange(h, NBD_OPT_GO, &info_data("disk", &[])).1);
+    let without = go(&mut extended());
+    assert_eq!((without.replies, without.flags), (Replies::Extended, NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_DF));
+    let set = meta_data("disk", &["base:allocation"]);
+    assert_eq!(kinds(&mut h, NBD_OPT_SET_META_CONTEXT, &set), [NBD_REP_META_CONTEXT, NBD_REP_ACK]);
+    let with = go(&mut h);
+    assert_eq!(with.flags, without.flags | NBD_FLAG_BLOCK_STATUS_PAYLOAD);
+    assert_eq!(with.contexts, [Selected { id: 1, name: BASE_ALLOCATION.into() }]);
+    // which extended headers bring, and structured replies do not
+    let mut h = structured();
+    assert_eq!(kinds(&mut h, NBD_OPT_SET_META_CONTEXT, &set), [NBD_REP_META_CONTEXT, NBD_REP_ACK]);
+    assert_eq!(go(&mut h).flags, without.flags);
+}
+
+#[test]
+fn extended_headers_rule_the_old_way_out() {
+    let mut h = extended();
+    let (replies, step) = exchange(&mut h, NBD_OPT_EXPORT_NAME, b"disk");
+    assert_eq!((replies, step), (vec![], Step::Close(Closing::Violation(Violation::ExportName))));
+}
+
+#[test]
+fn a_server_that_goes_away_says_so() {
+    let mut h = structured();
+    h.shut_down();
+    for (kind, data) in [
+        (NBD_OPT_LIST, vec![]),
+        (NBD_OPT_GO, info_data("disk", &[])),
+        (NBD_OPT_SET_META_CONTEXT, meta_data("disk", &[])),
+        (NBD_OPT_GO, vec![0; MAX_OPTION_DATA + 1]),
+        (77, vec![]),
+    ] {
+        assert_eq!(kinds(&mut h, kind, &data), [NBD_REP_ERR_SHUTDOWN], "option {kind}");
+    }
+    let (replies, step) = exchange(&mut h, NBD_OPT_ABORT, b"");
+    assert_eq!((replies, step), (vec![(NBD_REP_ACK, vec![])], Step::Close(Closing::Aborted)));
+    let mut h = ready();
+    h.shut_down();
+    let (replies, step) = exchange(&mut h, NBD_OPT_EXPORT_NAME, b"disk");
+    assert_eq!((replies, step), (vec![], Step::Close(Closing::Refused(Refusal::Shutdown))));
 }
 
 #[test]
 fn options_we_do_not_have() {
     let mut h = ready();
-    for unknown in [4, NBD_OPT_EXTENDED_HEADERS, 77, u32::MAX] {
+    for unknown in [4, 12, 77, u32::MAX] {
         assert_eq!(kinds(&mut h, unknown, b""), [NBD_REP_ERR_UNSUP]);
     }
     assert_eq!(kinds(&mut h, 77, b"with data"), [NBD_REP_ERR_UNSUP]);
@@ -194,7 +259,11 @@ fn list_names_every_export() {
     let (replies, _) = exchange(&mut h, NBD_OPT_LIST, b"");
     assert_eq!(
         replies,
-        [(NBD_REP_SERVER, b"\0\0\0\x04disk".to_vec()), (NBD_REP_SERVER, b"\0\0\0\0".to_vec()), (NBD_REP_ACK, vec![])]
+        [
+            (NBD_REP_SERVER, b"\0\0\0\x04diska disk".to_vec()),
+            (NBD_REP_SERVER, b"\0\0\0\0".to_vec()),
+            (NBD_REP_ACK, vec![])
+        ]
     );
     assert_eq!(kinds(&mut h, NBD_OPT_LIST, b"x"), [NBD_REP_ERR_INVALID]);
     h.feed(&option(NBD_OPT_LIST, b""));
@@ -221,6 +290,12 @@ fn contexts_need_structured_replies() {
     assert_eq!(kinds(&mut h, NBD_OPT_LIST_META_CONTEXT, &data), [NBD_REP_ERR_INVALID]);
 }
 
+fn extended() -> Handshake {
+    let mut h = ready();
+    assert_eq!(kinds(&mut h, NBD_OPT_EXTENDED_HEADERS, b""), [NBD_REP_ACK]);
+    h
+}
+
 fn structured() -> Handshake {
     let mut h = ready();
     assert_eq!(kinds(&mut h, NBD_OPT_STRUCTURED_REPLY, b""), [NBD_REP_ACK]);
@@ -234,11 +309,20 @@ fn listing_contexts() {
         let (replies, _) = exchange(&mut h, NBD_OPT_LIST_META_CONTEXT, &meta_data("disk", queries));
         replies
     };
-    let ours = [(NBD_REP_META_CONTEXT, b"\0\0\0\0base:allocation".to_vec()), (NBD_REP_ACK, vec![])];
-    assert_eq!(list(&[]), ours);
-    assert_eq!(list(&["base:"]), ours);
-    assert_eq!(list(&["base:allocation", "base:"]), ours);
-    assert_eq!(list(&["qemu:", "base:x", "nocolon"]), ours[1..]);
+    let named = |name: &str| (NBD_REP_META_CONTEXT, [&[0; 4], name.as_bytes()].concat());
+    let (base, depth, bitmap) =
+        (named("base:allocation"), named("qemu:allocation-depth"), named("qemu:dirty-bitmap:a"));
+    let end = (NBD_REP_ACK, vec![]);
+    assert_eq!(list(&[]), [base.clone(), depth.clone(), bitmap.clone(), end.clone()]);
+    assert_eq!(list(&["base:"]), [base.clone(), end.clone()]);
+    assert_eq!(list(&["base:allocation", "base:"]), [base, end.clone()]);
+    assert_eq!(list(&["qemu:"]), [depth, bitmap.clone(), end.clone()]);
+    assert_eq!(list(&["qemu:dirty-bitmap:"]), [bitmap, end.clone()]);
+    assert_eq!(list(&["base:x", "x-other:", "nocolon"]), [end]);
+    let all = meta_data("many", &[]);
+    assert_eq!(kinds(&mut h, NBD_OPT_LIST_META_CONTEXT, &all), [NBD_REP_ERR_TOO_BIG]);
+    let one = meta_data("many", &[&format!("qemu:dirty-bitmap:{}7", "x".repeat(1000))]);
+    assert_eq!(kinds(&mut h, NBD_OPT_LIST_META_CONTEXT, &one), [NBD_REP_META_CONTEXT, NBD_REP_ACK]);
     assert_eq!(kinds(&mut h, NBD_OPT_LIST_META_CONTEXT, &meta_data("other", &[])), [NBD_REP_ERR_UNKNOWN]);
 }
 
@@ -247,12 +331,22 @@ fn a_selected_context_belongs_to_its_export() {
     let set = |h: &mut Handshake, name: &str, queries: &[&str]| {
         exchange(h, NBD_OPT_SET_META_CONTEXT, &meta_data(name, queries)).0
     };
-    let go = |mut h: Handshake| agreed(exchange(&mut h, NBD_OPT_GO, &info_data("disk", &[])).1).base_allocation;
+    let selected = |mut h: Handshake| agreed(exchange(&mut h, NBD_OPT_GO, &info_data("disk", &[])).1).contexts;
+    let go = |h: Handshake| !selected(h).is_empty();
     let chosen = [(NBD_REP_META_CONTEXT, b"\0\0\0\x01base:allocation".to_vec()), (NBD_REP_ACK, vec![])];
 
     let mut h = structured();
     assert_eq!(set(&mut h, "disk", &["base:allocation"]), chosen);
     assert!(go(h));
+
+    // Several, by their names, each once, in the export's order.
+    let mut h = structured();
+    let asked = ["qemu:dirty-bitmap:a", "qemu:", "base:allocation", "qemu:dirty-bitmap:a", "x-other:b"];
+    let replies = set(&mut h, "disk", &asked);
+    let second = (NBD_REP_META_CONTEXT, b"\0\0\0\x02qemu:dirty-bitmap:a".to_vec());
+    assert_eq!(replies, [chosen[0].clone(), second, chosen[1].clone()]);
+    let contexts = [(1, "base:allocation"), (2, "qemu:dirty-bitmap:a")];
+    assert_eq!(selected(h), contexts.map(|(id, name)| Selected { id, name: name.into() }));
 
     // The wildcard and the empty list select nothing, and replace what was selected.
     for nothing in [&["base:"][..], &[]] {
@@ -332,7 +426,8 @@ fn observe(stream: &[u8], pieces: &[usize]) -> (Vec<u8>, Vec<Step>, Vec<u8>) {
             }
             Step::Export { ref name, .. } if name == "disk" => h.export(Ok(info())),
             Step::Export { .. } => h.export(Err(Refusal::Unknown("none".into()))),
-            Step::List => h.list(Ok(vec!["disk".into()])),
+            Step::Contexts { ref name, beyond_base } => h.contexts(contexts(name, beyond_base)),
+            Step::List => h.list(Ok(vec![listed("disk", None)])),
             Step::StartTls => h.tls_started(),
             Step::Transmission(_) | Step::Close(_) => {
                 steps.push(step);
@@ -356,6 +451,7 @@ fn plausible_option() -> impl Strategy<Value = Vec<u8>> {
         (9u32..11, name, proptest::collection::vec(query, 0..3))
             .prop_map(|(k, n, queries)| option(k, &meta_data(n, &queries))),
         Just(option(NBD_OPT_STRUCTURED_REPLY, b"")),
+        Just(option(NBD_OPT_EXTENDED_HEADERS, b"")),
         Just(option(NBD_OPT_LIST, b"")),
         Just(option(NBD_OPT_GO, &[0; MAX_OPTION_DATA + 100])),
     ]

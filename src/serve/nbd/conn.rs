@@ -12,7 +12,7 @@ use super::out::{Out, write_replies};
 use super::pace::Pace;
 use super::receive::{End, Reader};
 use super::session::Session;
-use crate::block::BlockDev;
+use crate::block::{BlockDev, Context as MetaContext};
 use crate::export::control;
 use crate::export::limit_keys::LiveLimits;
 use crate::export::registry::Registry;
@@ -115,12 +115,14 @@ async fn transmit(
     let gauge = Rc::new(Gauge::new(&context.budget, Arc::clone(&connection)));
     let out = Rc::new(Out::new(Rc::clone(&stream), Rc::clone(&gauge)));
     ring::spawn(write_replies(Rc::clone(&out)));
+    let contexts = contexts(&client, &agreed).await;
     let session = Rc::new(Session {
         stream: Rc::clone(&stream),
         export: Arc::clone(client.export()),
         device: Rc::clone(client.device()),
         geometry: client.device().geometry(),
         agreed,
+        contexts,
         out,
         gauge: Rc::clone(&gauge),
         pace: Pace::new(client.export().limiter(), &connection),
@@ -164,6 +166,16 @@ async fn transmit(
     info!(%peer, %export, bytes_read, bytes_written, reason = %end, "client left");
     drop(stream);
     farewell.run().await;
+}
+
+/// What the selected contexts are on the export that the client has got.
+async fn contexts(client: &Client, agreed: &Agreed) -> Vec<Option<MetaContext>> {
+    if agreed.contexts.is_empty() {
+        return Vec::new();
+    }
+    let offered = client.device().contexts().await;
+    let named = |name: &str| offered.iter().find(|c| c.name == name).map(|c| c.context.clone());
+    agreed.contexts.iter().map(|selected| named(&selected.name)).collect()
 }
 
 /// Completes when a client that has nothing in flight has sent no request for `limit`, or a little longer.

@@ -1,7 +1,8 @@
 //! The small buffer requests are read through, several with one call. It exists only while it holds bytes or is read
 //! into, so an idle connection has none.
 
-use crate::nbd::request::HEADER_LEN;
+use crate::nbd::handshake::Replies;
+use crate::nbd::request::{Header, Violation, header_len};
 use crate::pagebuf::PageBuf;
 use crate::ring::Stream;
 use std::io;
@@ -28,10 +29,11 @@ impl Input {
         input
     }
 
-    /// Takes a request header, if there is a whole one.
-    pub(super) fn take_header(&mut self) -> Option<[u8; HEADER_LEN]> {
-        let header = *self.bytes().first_chunk()?;
-        self.start += HEADER_LEN;
+    /// Takes a request header of the agreed form, if there is a whole one.
+    pub(super) fn take_header(&mut self, replies: Replies) -> Option<Result<Header, Violation>> {
+        let len = header_len(replies);
+        let header = Header::parse(self.bytes().get(..len)?, replies);
+        self.start += len;
         Some(header)
     }
 
@@ -97,12 +99,12 @@ mod tests {
     fn bytes_are_taken_in_order() {
         let bytes: Vec<u8> = (0..100).collect();
         let mut input = Input::beginning_with(&bytes);
-        assert_eq!(input.take_header().unwrap()[..], bytes[..28]);
+        assert_eq!(input.take_header(Replies::Simple), Some(Err(Violation::Magic(0x0001_0203))));
         let mut target = [0; 10];
         assert_eq!(input.take_into(&mut target), 10);
         assert_eq!(target[..], bytes[28..38]);
         assert_eq!(input.skip(40), 40);
-        assert!(input.take_header().is_none());
+        assert!(input.take_header(Replies::Simple).is_none());
         assert_eq!(input.take_into(&mut [0; 100]), 22);
         input.release();
         assert!(input.buf.is_none());
@@ -116,11 +118,12 @@ mod tests {
             let stream = Stream::from_std(ours).unwrap();
             let bytes: Vec<u8> = (0..56).collect();
             let mut input = Input::beginning_with(&bytes[..30]);
-            assert!(input.take_header().is_some() && input.take_header().is_none());
+            let take = |input: &mut Input| input.take_header(Replies::Structured);
+            assert!(take(&mut input).is_some() && take(&mut input).is_none());
             theirs.write_all(&bytes[30..]).unwrap();
             stream.readable().await.unwrap();
             assert_eq!(input.receive(&stream).unwrap(), 26);
-            assert_eq!(input.take_header().unwrap()[..], bytes[28..]);
+            assert_eq!(take(&mut input), Some(Err(Violation::Magic(0x1c1d_1e1f))));
             assert!(input.receive(&stream).is_err());
             drop(theirs);
             stream.readable().await.unwrap();

@@ -5,10 +5,11 @@ use super::conn::Context;
 use crate::block::{BlockDev, Geometry};
 use crate::export::config::ExportConfig;
 use crate::export::service::{AttachError, Client, Export};
-use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Purpose, Refusal, Step, Violation};
+use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Listed, Purpose, Refusal, Step, Violation};
 use crate::nbd::{
-    NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_CACHE,
-    NBD_FLAG_SEND_FAST_ZERO, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES,
+    BASE_ALLOCATION, NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL,
+    NBD_FLAG_SEND_CACHE, NBD_FLAG_SEND_FAST_ZERO, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
 };
 use crate::ring::{Peer, Stream};
 use bytes::BytesMut;
@@ -62,7 +63,6 @@ pub(super) async fn negotiate(
         wire.send(&handshake.take_output()).await?;
         match step {
             Step::Read => handshake.feed(wire.receive().await?),
-            Step::Export { name, purpose: Purpose::Exists } => handshake.export(exists(context, &name).await),
             Step::Export { name, purpose: Purpose::Info } => {
                 handshake.export(describe(context, stream.peer(), name).await)
             }
@@ -78,7 +78,10 @@ pub(super) async fn negotiate(
                 }
                 handshake.export(opened);
             }
-            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(context.registry.names())),
+            Step::Contexts { name, beyond_base } => {
+                handshake.contexts(contexts(context, stream.peer(), &name, beyond_base).await);
+            }
+            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(list(context))),
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
             Step::StartTls => unreachable!("TLS was not offered"),
             Step::Transmission(agreed) => return Ok((agreed, handshake.into_rest())),
@@ -159,8 +162,20 @@ async fn find(context: &Context, name: &str) -> Result<Arc<Export>, Refusal> {
     context.registry.get(name).ok_or_else(|| Refusal::Unknown(format!("no export named {name:?} on this server")))
 }
 
-async fn exists(context: &Context, name: &str) -> Result<ExportInfo, Refusal> {
-    find(context, name).await.map(|_| ExportInfo::default())
+/// The names of the contexts an export offers. Its image is only looked at when it matters: the clients that ask for
+/// `base:allocation`, which every export has, are to disturb nobody.
+async fn contexts(context: &Context, peer: Peer, name: &str, beyond_base: bool) -> Result<Vec<String>, Refusal> {
+    let export = find(context, name).await?;
+    if !beyond_base {
+        return Ok(vec![BASE_ALLOCATION.to_owned()]);
+    }
+    let offered = export.contexts(peer).await.map_err(|e| refused(&e))?;
+    Ok(offered.into_iter().map(|context| context.name).collect())
+}
+
+fn list(context: &Context) -> Vec<Listed> {
+    let exports = context.registry.names().into_iter();
+    exports.map(|(name, description)| Listed { name, description }).collect()
 }
 
 /// Describes an export without taking hold of it: who only asks disturbs nobody, and a listing of all exports works
@@ -194,7 +209,7 @@ fn info(name: String, config: &ExportConfig, geometry: Geometry) -> ExportInfo {
     ExportInfo {
         flags: offer(config, geometry.read_only),
         name,
-        description: None,
+        description: config.description.clone(),
         size: geometry.size,
         min_block: geometry.min_block,
         preferred_block: geometry.preferred_block,

@@ -330,14 +330,19 @@ pub(super) async fn write_replies(out: Rc<Out>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::reply;
+    use crate::nbd::handshake::Replies;
+    use crate::nbd::reply::Answer;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+
+    fn head(cookie: u64) -> Head {
+        Answer { replies: Replies::Simple, cookie, offset: 0 }.success(true)
+    }
 
     fn queued(gauge: &Rc<Gauge>, cookie: u64, data: Option<&[u8]>) -> Reply {
         let payload = data.map_or(Payload::None, |data| Payload::Data(PageBuf::copy_of(data)));
         let permit = gauge.try_request(data.map_or(0, <[u8]>::len)).unwrap();
-        Reply { head: reply::simple(cookie, Ok(())), payload, _permit: permit }
+        Reply { head: head(cookie), payload, _permit: permit }
     }
 
     #[test]
@@ -358,7 +363,7 @@ mod tests {
         theirs.read_to_end(&mut bytes).unwrap();
         let mut expected = Vec::new();
         for cookie in 0..100 {
-            expected.extend_from_slice(&reply::simple(cookie, Ok(())));
+            expected.extend_from_slice(&head(cookie));
             expected.extend(std::iter::repeat_n(cookie as u8, if cookie % 2 == 0 { 10 } else { 0 }));
         }
         assert_eq!(bytes, expected);

@@ -6,10 +6,10 @@
 use super::gauge::Permit;
 use super::out::HIGH_WATER;
 use super::session::{Session, Ticket};
-use crate::block::{Completion, Context, Errno, Extent, Op, Run};
+use crate::block::{Completion, Context, Errno, Op, Run};
 use crate::export::limiter::Cost;
-use crate::nbd::{MAX_DESCRIPTORS, reply};
-use crate::pagebuf::{PAGE, PageBuf};
+use crate::nbd::MAX_DESCRIPTORS;
+use crate::pagebuf::{PAGE, PageBuf, is_zero};
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::cell::Cell;
@@ -24,9 +24,13 @@ pub(super) const WRITE_PIECE: usize = 1 << 20;
 /// The same where full clusters are compressed: no cluster, however large, is cut in two.
 pub(super) const COMPRESSED_WRITE_PIECE: usize = 2 << 20;
 /// Extents shorter than this are not expected when memory for a status reply is set aside, in bytes.
-const SHORT_EXTENT: usize = 4096;
+const SHORT_EXTENT: u64 = 4096;
 /// Memory of one extent on its way through the daemon, in bytes.
 const EXTENT_MEMORY: usize = 32;
+/// Zeroes of fewer bytes than these are sent like data in a large read: a chunk of their own would cost as much.
+const MIN_HOLE: u64 = 32 << 10;
+/// Runs of data and zeroes that are told apart in one large read.
+const MAX_HOLES: usize = 256;
 
 // A queue held back at its limit must still have room for a whole piece, or large reads would send one at a time.
 const _: () = assert!(HIGH_WATER >= 2 * READ_PIECE);
@@ -37,8 +41,8 @@ pub(super) fn memory_of(len: usize) -> usize {
 }
 
 /// The most memory a status of `len` bytes is expected to take.
-pub(super) fn status_memory(len: u32) -> usize {
-    (len as usize / SHORT_EXTENT + 1).min(MAX_DESCRIPTORS) * EXTENT_MEMORY
+fn status_memory(len: u64) -> usize {
+    usize::try_from(len / SHORT_EXTENT).map_or(MAX_DESCRIPTORS, |n| (n + 1).min(MAX_DESCRIPTORS)) * EXTENT_MEMORY
 }
 
 /// `len` bytes from `offset` in pieces that end at multiples of `piece`.
@@ -55,22 +59,39 @@ pub(super) fn cut(offset: u64, len: usize, piece: usize) -> impl Iterator<Item =
     })
 }
 
-/// A read answered with all its data at once. The ticket holds the permit for the buffer.
-pub(super) async fn read(ticket: Ticket, offset: u64, len: usize, fua: bool) {
+/// A read answered with all its data at once. The ticket holds the permit for the buffer. `holes`: data that is all
+/// zeroes may be sent as the hole it may be.
+pub(super) async fn read(ticket: Ticket, offset: u64, len: usize, fua: bool, holes: bool) {
     if len == 0 {
         return ticket.succeed();
     }
     match read_bytes(ticket.session(), offset, len, fua).await {
+        Ok(buf) if holes && is_zero(&buf) => ticket.last_hole(offset, len as u32),
         Ok(buf) => ticket.data(offset, buf),
         Err(e) => ticket.fail(e),
     }
 }
 
-/// A read answered in pieces, each with its own permit, in the order in which they are ready.
+/// A read answered in pieces, each with its own permit, in the order in which they are ready. What is known to be zeroes
+/// is not read.
 pub(super) async fn read_in_pieces(ticket: Ticket, offset: u64, len: usize) {
     let session = Rc::clone(ticket.session());
-    let mut pieces = cut(offset, len, READ_PIECE);
+    let parts = parts_of(&session, offset, len).await;
+    if parts.data.is_empty() {
+        // else the pieces pay
+        if let Err(e) = session.pace.pay_piece(Cost::OPERATION, &session.out).await {
+            return ticket.fail(e);
+        }
+    }
     let mut unsent = len;
+    for &(at, len) in &parts.holes {
+        unsent -= len as usize;
+        if unsent == 0 {
+            return ticket.last_hole(at, len);
+        }
+        ticket.hole(at, len, session.gauge.memory(0).await);
+    }
+    let mut pieces = parts.data.into_iter().flat_map(|(at, len)| cut(at, len, READ_PIECE));
     let mut running = FuturesUnordered::new();
     let mut outcome = Ok(());
     loop {
@@ -102,11 +123,41 @@ pub(super) async fn read_in_pieces(ticket: Ticket, offset: u64, len: usize) {
                     Err(_) => {}
                 }
             }
-            Some((_, Err(e))) => outcome = Err(e),
+            Some((at, Err(e))) => outcome = outcome.and(Err((e, at))),
             // The client receives no answer any more, or one piece failed and the others have ended.
-            None => return ticket.fail(outcome.err().unwrap_or(Errno::EIO)),
+            None => {
+                let (e, at) = outcome.err().unwrap_or((Errno::EIO, offset));
+                return ticket.fail_at(e, at);
+            }
         }
     }
+}
+
+/// What a large read consists of, in bytes of the disk: offset and length of each part.
+struct Parts {
+    holes: Vec<(u64, u32)>,
+    data: Vec<(u64, usize)>,
+}
+
+/// Tells the data of a range from its holes, as far as that is worth it.
+async fn parts_of(session: &Session, offset: u64, len: usize) -> Parts {
+    let op = Op::Status { context: Context::Allocation, most: MAX_HOLES };
+    // Status that cannot be had is no failure of the read, which will come upon the same fault if it matters.
+    let runs = session.submit(op, offset, len as u64, false).await.runs;
+    let mut parts = Parts { holes: Vec::new(), data: Vec::new() };
+    let (mut at, end) = (offset, offset + len as u64);
+    let mut data_from = offset;
+    for Run { len, status } in runs {
+        let run = len.min(end - at);
+        if status & Run::ZERO != 0 && run >= MIN_HOLE {
+            parts.data.extend((at > data_from).then_some((data_from, (at - data_from) as usize)));
+            parts.holes.push((at, run as u32));
+            data_from = at + run;
+        }
+        at += run;
+    }
+    parts.data.extend((end > data_from).then_some((data_from, (end - data_from) as usize)));
+    parts
 }
 
 type Piece = (u64, Result<(PageBuf, Permit), Errno>);
@@ -141,7 +192,8 @@ pub(super) struct PieceWrite {
     ticket: Option<Ticket>,
     received: Cell<bool>,
     unstored: Cell<usize>,
-    error: Cell<Option<Errno>>,
+    /// What failed first, and where.
+    error: Cell<Option<(Errno, u64)>>,
 }
 
 impl PieceWrite {
@@ -170,7 +222,7 @@ impl Drop for PieceWrite {
         let Some(ticket) = self.ticket.take() else { return };
         match self.error.get() {
             _ if !self.received.get() => ticket.forget(),
-            Some(e) => ticket.fail(e),
+            Some((e, at)) => ticket.fail_at(e, at),
             None if self.unstored.get() == 0 => ticket.succeed(),
             // A piece panicked.
             None => ticket.fail(Errno::EIO),
@@ -189,32 +241,40 @@ pub(super) async fn write_piece(
     let len = buf.len();
     match session.submit(Op::Write(buf), offset, len as u64, false).await.result {
         Ok(()) => whole.unstored.set(whole.unstored.get() - len),
-        Err(e) => whole.error.set(whole.error.get().or(Some(e))),
+        Err(e) => whole.error.set(whole.error.get().or(Some((e, offset)))),
     }
     drop(memory);
 }
 
 /// A request without payload in either direction.
-pub(super) async fn effect(ticket: Ticket, op: Op, offset: u64, len: u32, fua: bool) {
-    let result = ticket.session().submit(op, offset, u64::from(len), fua).await.result;
+pub(super) async fn effect(ticket: Ticket, op: Op, offset: u64, len: u64, fua: bool) {
+    let result = ticket.session().submit(op, offset, len, fua).await.result;
     ticket.finish(result);
 }
 
-/// A block status request; `len` is not zero.
-pub(super) async fn block_status(ticket: Ticket, offset: u64, len: u32, one: bool) {
-    let op = Op::Status { context: Context::Allocation, most: if one { 1 } else { MAX_DESCRIPTORS } };
-    let Completion { result, runs, .. } = ticket.session().submit(op, offset, u64::from(len), false).await;
-    let extent =
-        |run: Run| Extent { len: run.len, hole: run.status & Run::HOLE != 0, zero: run.status & Run::ZERO != 0 };
-    let extents: Vec<_> = runs.into_iter().map(extent).collect();
-    match result {
-        Ok(()) if extents.is_empty() => ticket.fail(Errno::EIO),
-        Ok(()) => {
-            let (head, descriptors) = reply::block_status(ticket.cookie(), &extents, len, one);
-            drop(extents);
-            ticket.chunk(head, descriptors);
+/// A block status request in the contexts at these places of the selection, of which there is at least one; `len` is not
+/// zero.
+pub(super) async fn block_status(ticket: Ticket, offset: u64, len: u64, one: bool, wanted: Vec<usize>) {
+    let session = Rc::clone(ticket.session());
+    let to = ticket.to();
+    let most = if one { 1 } else { MAX_DESCRIPTORS };
+    let mut left = wanted.len();
+    for place in wanted {
+        left -= 1;
+        let Some(context) = session.contexts[place].clone() else { return ticket.fail(Errno::EINVAL) };
+        let permit = session.gauge.memory(status_memory(len)).await;
+        let Completion { result, runs, .. } = session.submit(Op::Status { context, most }, offset, len, false).await;
+        if let Err(e) = result {
+            return ticket.fail(e);
         }
-        Err(e) => ticket.fail(e),
+        if runs.is_empty() {
+            return ticket.fail(Errno::EIO);
+        }
+        let chunk = to.status(left == 0, session.agreed.contexts[place].id, &runs, len, one);
+        if left == 0 {
+            return ticket.last_status(chunk, permit);
+        }
+        ticket.status(chunk, permit);
     }
 }
 
@@ -237,6 +297,7 @@ mod tests {
         assert_eq!(memory_of(4097), 2 * PAGE);
         assert_eq!(memory_of(64 << 20), 64 << 20);
         assert_eq!(status_memory(512), EXTENT_MEMORY);
-        assert_eq!(status_memory(u32::MAX), 32 << 20);
+        assert_eq!(status_memory(u32::MAX.into()), 32 << 20);
+        assert_eq!(status_memory(u64::MAX), 32 << 20);
     }
 }

@@ -8,13 +8,12 @@ use super::budget::SHARE;
 use super::gauge::Permit;
 use super::input::Input;
 use super::pace::cost;
-use super::perform::{
-    self, COMPRESSED_WRITE_PIECE, PieceWrite, READ_PIECE, WRITE_PIECE, cut, memory_of, status_memory,
-};
+use super::perform::{self, COMPRESSED_WRITE_PIECE, PieceWrite, READ_PIECE, WRITE_PIECE, cut, memory_of};
 use super::session::{Session, Ticket};
 use crate::block::{Errno, Op, Request, ZeroFlags};
 use crate::export::limiter::Cost;
-use crate::nbd::request::{Command, Header, Violation};
+use crate::nbd::handshake::Replies;
+use crate::nbd::request::{Command, Header, Violation, status_query};
 use crate::pagebuf::PageBuf;
 use crate::ring;
 use std::convert::Infallible;
@@ -83,8 +82,8 @@ impl<'a> Reader<'a> {
 
     async fn requests(&mut self) -> Result<Infallible, End> {
         loop {
-            while let Some(bytes) = self.input.take_header() {
-                self.request(Header::parse(&bytes)?).await?;
+            while let Some(header) = self.input.take_header(self.session.agreed.replies) {
+                self.request(header?).await?;
                 if !self.session.out.takes_more() {
                     // while the processor's cache still holds what was read, and so that its buffers are used again
                     self.flush()?;
@@ -115,12 +114,13 @@ impl<'a> Reader<'a> {
             Ok(command) => command,
             Err(e) => return self.refuse(header, e).await,
         };
-        let pieces = self.session.agreed.structured && length as usize > READ_PIECE;
+        let chunks = self.session.agreed.replies != Replies::Simple;
+        let pieces = chunks && length as usize > READ_PIECE;
         match command {
             // these pay as they go on
             Command::Disc | Command::Write => {}
             Command::Read { whole: false } if pieces => {}
-            command => self.pay(cost(&command, u64::from(length))).await?,
+            command => self.pay(cost(&command, length)).await?,
         }
         match command {
             Command::Disc => return Err(End::Disconnected),
@@ -129,14 +129,16 @@ impl<'a> Reader<'a> {
                 let ticket = self.ticket(&header, 0).await?;
                 self.start(perform::read_in_pieces(ticket, offset, length as usize)).await;
             }
-            Command::Read { .. } => {
+            Command::Read { whole } => {
                 let ticket = self.ticket(&header, memory_of(length as usize)).await?;
-                self.start(perform::read(ticket, offset, length as usize, fua)).await;
+                self.start(perform::read(ticket, offset, length as usize, fua, chunks && !whole)).await;
             }
-            Command::BlockStatus { one } => {
-                let ticket = self.ticket(&header, status_memory(length)).await?;
-                self.start(perform::block_status(ticket, offset, length, one)).await;
+            Command::BlockStatus { one, filter: false } => {
+                let ticket = self.ticket(&header, 0).await?;
+                let all = (0..self.session.contexts.len()).collect();
+                self.start(perform::block_status(ticket, offset, length, one, all)).await;
             }
+            Command::BlockStatus { one, filter: true } => return self.filtered_status(header, one).await,
             Command::Flush => self.effect(header, Op::Flush).await?,
             Command::Trim => self.effect(header, Op::Discard).await?,
             Command::Cache => self.effect(header, Op::Cache).await?,
@@ -153,14 +155,27 @@ impl<'a> Reader<'a> {
             Command::Write => Op::WriteZeroes(ZeroFlags::default()),
             _ => return Ok(command),
         };
-        let len = u64::from(header.length);
-        Request::new(op, header.offset, len, false, &self.session.geometry).map(|_| command)
+        Request::new(op, header.offset, header.length, false, &self.session.geometry).map(|_| command)
     }
 
     async fn refuse(&mut self, header: Header, e: Errno) -> Result<(), End> {
         let permit = self.permit(0).await?;
         self.skip(header.payload_len()).await?;
         Ticket::new(self.session, &header, permit).fail(e);
+        Ok(())
+    }
+
+    /// A block status request whose payload says in which contexts.
+    async fn filtered_status(&mut self, header: Header, one: bool) -> Result<(), End> {
+        let permit = self.permit(memory_of(header.payload_len())).await?;
+        let payload = self.payload(header.payload_len()).await?;
+        let ticket = Ticket::new(self.session, &header, permit);
+        match status_query(&payload, &self.session.agreed.contexts) {
+            Ok((len, wanted)) => {
+                self.start(perform::block_status(ticket, header.offset, len, one, wanted)).await;
+            }
+            Err(e) => ticket.fail(e),
+        }
         Ok(())
     }
 

@@ -3,11 +3,12 @@
 use super::gauge::{Gauge, Permit};
 use super::out::{Out, Payload, Reply};
 use super::pace::Pace;
-use crate::block::{Completion, Errno, Geometry, Op, Request};
+use crate::block::{Completion, Context, Errno, Geometry, Op, Request};
 use crate::export::service::Export;
 use crate::export::usage::{Connection, Kind};
 use crate::image::Device;
-use crate::nbd::handshake::Agreed;
+use crate::nbd::handshake::{Agreed, Replies};
+use crate::nbd::reply::Answer;
 use crate::nbd::{
     NBD_CMD_BLOCK_STATUS, NBD_CMD_CACHE, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, reply,
     request,
@@ -25,6 +26,8 @@ pub(super) struct Session {
     pub(super) device: Rc<Device>,
     pub(super) geometry: Geometry,
     pub(super) agreed: Agreed,
+    /// What the selected contexts of the agreement stand for, in its order. `None`: what it was has gone since.
+    pub(super) contexts: Vec<Option<Context>>,
     pub(super) out: Rc<Out>,
     pub(super) gauge: Rc<Gauge>,
     pub(super) pace: Pace,
@@ -51,9 +54,9 @@ impl Session {
 #[must_use = "dropping an unanswered ticket answers EIO"]
 pub(super) struct Ticket {
     session: Rc<Session>,
-    cookie: u64,
+    to: Answer,
     kind: Kind,
-    len: u32,
+    len: u64,
     /// `None` once answered.
     permit: Option<Permit>,
 }
@@ -61,8 +64,8 @@ pub(super) struct Ticket {
 impl Ticket {
     pub(super) fn new(session: &Rc<Session>, header: &request::Header, permit: Permit) -> Self {
         session.connection.begin();
-        let (cookie, len, kind) = (header.cookie, header.length, kind(header.kind));
-        Ticket { session: Rc::clone(session), cookie, kind, len, permit: Some(permit) }
+        let to = Answer { replies: session.agreed.replies, cookie: header.cookie, offset: header.offset };
+        Ticket { session: Rc::clone(session), to, kind: kind(header.kind), len: header.length, permit: Some(permit) }
     }
 
     pub(super) fn session(&self) -> &Rc<Session> {
@@ -72,17 +75,21 @@ impl Ticket {
     /// Success without payload.
     pub(super) fn succeed(mut self) {
         self.count(true);
-        let head = if self.kind == Kind::Read && self.session.agreed.structured {
-            reply::none(self.cookie)
-        } else {
-            reply::simple(self.cookie, Ok(()))
-        };
+        let head = self.to.success(self.kind == Kind::Read);
         self.answer(head, Payload::None);
     }
 
     /// The error `e`.
     pub(super) fn fail(mut self, e: Errno) {
         self.answer_error(e);
+    }
+
+    /// The error `e`, which came up at `offset`.
+    pub(super) fn fail_at(mut self, e: Errno, offset: u64) {
+        match self.to.replies {
+            Replies::Simple => self.answer_error(e),
+            _ => self.answer_failed(e, self.to.error_at(true, e, offset)),
+        }
     }
 
     /// The errno of `result`, or success without payload.
@@ -96,18 +103,13 @@ impl Ticket {
     /// All data of a read, `buf` not empty.
     pub(super) fn data(mut self, offset: u64, buf: PageBuf) {
         self.count(true);
-        let head = if self.session.agreed.structured {
-            reply::offset_data(self.cookie, offset, buf.len(), true)
-        } else {
-            reply::simple(self.cookie, Ok(()))
-        };
+        let head = self.to.last_data(offset, buf.len());
         self.answer(head, Payload::Data(buf));
     }
 
     /// A part of the data of a read, `buf` not empty; more will follow. `permit` stands for the buffer.
     pub(super) fn piece(&self, offset: u64, buf: PageBuf, permit: Permit) {
-        let head = reply::offset_data(self.cookie, offset, buf.len(), false);
-        self.send(head, Payload::Data(buf), permit);
+        self.send(self.to.data(offset, buf.len()), Payload::Data(buf), permit);
     }
 
     /// The last part of the data of a read, `buf` not empty.
@@ -118,13 +120,34 @@ impl Ticket {
         self.data(offset, buf);
     }
 
-    /// A structured reply of one chunk.
-    pub(super) fn chunk(mut self, head: reply::Head, payload: Vec<u8>) {
+    /// A part of a read that is all zeroes; more will follow.
+    pub(super) fn hole(&self, offset: u64, len: u32, permit: Permit) {
+        self.send(self.to.hole(false, offset, len), Payload::None, permit);
+    }
+
+    /// The last part of a read, or all of it, is all zeroes.
+    pub(super) fn last_hole(mut self, offset: u64, len: u32) {
         self.count(true);
         if let Some(permit) = &mut self.permit {
-            permit.shrink(payload.len());
+            permit.shrink(0);
         }
-        self.answer(head, Payload::Bytes(payload));
+        self.answer(self.to.hole(true, offset, len), Payload::None);
+    }
+
+    /// Status in one context; more will follow. `permit` stands for its memory.
+    pub(super) fn status(&self, (head, descriptors): (reply::Head, Vec<u8>), mut permit: Permit) {
+        permit.shrink(descriptors.len());
+        self.send(head, Payload::Bytes(descriptors), permit);
+    }
+
+    /// The last of the status.
+    pub(super) fn last_status(mut self, (head, descriptors): (reply::Head, Vec<u8>), mut permit: Permit) {
+        self.count(true);
+        permit.shrink(descriptors.len());
+        if let Some(own) = &mut self.permit {
+            own.join(permit);
+        }
+        self.answer(head, Payload::Bytes(descriptors));
     }
 
     /// No answer: the request was not received whole, and the client has gone or will be told so by the close.
@@ -133,20 +156,19 @@ impl Ticket {
         self.permit = None;
     }
 
-    /// The client's name for the request.
-    pub(super) fn cookie(&self) -> u64 {
-        self.cookie
+    /// How the request is answered.
+    pub(super) fn to(&self) -> Answer {
+        self.to
     }
 
     fn answer_error(&mut self, e: Errno) {
+        self.answer_failed(e, self.to.error(e));
+    }
+
+    fn answer_failed(&mut self, e: Errno, (head, tail): (reply::Head, Vec<u8>)) {
         self.count(false);
-        trace!(cookie = self.cookie, error = %e, "request failed");
-        if self.session.agreed.structured {
-            let (head, message) = reply::error(self.cookie, e);
-            self.answer(head, Payload::Bytes(message));
-        } else {
-            self.answer(reply::simple(self.cookie, Err(e)), Payload::None);
-        }
+        trace!(cookie = self.to.cookie, error = %e, "request failed");
+        self.answer(head, Payload::Bytes(tail));
     }
 
     fn answer(&mut self, head: reply::Head, payload: Payload) {
@@ -159,7 +181,7 @@ impl Ticket {
     }
 
     fn count(&self, succeeded: bool) {
-        self.session.connection.end(self.kind, u64::from(self.len), succeeded);
+        self.session.connection.end(self.kind, self.len, succeeded);
     }
 }
 
