@@ -61,3 +61,13 @@ fn images_written() {
 fn images_checked() {
     replay("check", "image", targets::check::run);
 }
+
+#[test]
+fn nbd_handshakes() {
+    replay("nbd_handshake", "nbd_handshake", targets::nbd_handshake::run);
+}
+
+#[test]
+fn nbd_requests() {
+    replay("nbd_requests", "nbd_requests", targets::nbd_requests::run);
+}

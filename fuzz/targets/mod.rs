@@ -7,6 +7,8 @@ pub mod check;
 pub mod header;
 pub mod images;
 pub mod input;
+pub mod nbd_handshake;
+pub mod nbd_requests;
 pub mod open_read;
 pub mod open_write;
 pub mod script;

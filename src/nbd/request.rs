@@ -93,7 +93,8 @@ impl Header {
         let (flags, kind) = (b.get_u16(), b.get_u16());
         let (cookie, offset) = (b.get_u64(), b.get_u64());
         let length = if extended { b.get_u64() } else { u64::from(b.get_u32()) };
-        let payload = if extended { flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0 } else { kind == NBD_CMD_WRITE };
+        // With extended headers a write is to say that it has a payload; QEMU's client (10.0) does not, and it has one.
+        let payload = kind == NBD_CMD_WRITE || (extended && flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0);
         if payload && length > u64::from(MAX_PAYLOAD) {
             return Err(Violation::Oversize(length));
         }
@@ -112,7 +113,7 @@ impl Header {
 
     /// What is asked for, or the errno for the client: EINVAL for an unknown command, for a flag that is unknown,
     /// does not belong to the command or was not offered, for a command that was not offered, for a payload where none
-    /// belongs and for a write without one; EOVERFLOW (EINVAL with simple replies, where the specification forbids it)
+    /// belongs; EOVERFLOW (EINVAL with simple replies, where the specification forbids it)
     /// for a read above the payload limit.
     pub fn command(&self, agreed: &Agreed) -> Result<Command, Errno> {
         let set = |flag: u16| self.flags & flag != 0;
@@ -130,7 +131,7 @@ impl Header {
                 let df = if offered(NBD_FLAG_SEND_DF) { NBD_CMD_FLAG_DF } else { 0 };
                 (Command::Read { whole: set(NBD_CMD_FLAG_DF) }, true, df)
             }
-            NBD_CMD_WRITE => (Command::Write, self.payload, payload),
+            NBD_CMD_WRITE => (Command::Write, true, payload),
             // No reply can carry an error, so flags on a goodbye are not worth one.
             NBD_CMD_DISC => return Ok(Command::Disc),
             NBD_CMD_FLUSH => (Command::Flush, offered(NBD_FLAG_SEND_FLUSH), 0),
@@ -228,7 +229,8 @@ mod tests {
     }
 
     fn extended_header(kind: u16, flags: u16, length: u64) -> Header {
-        Header { payload: flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0, ..header(kind, flags, length) }
+        let payload = kind == NBD_CMD_WRITE || flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
+        Header { payload, ..header(kind, flags, length) }
     }
 
     fn fields(magic: u32, h: &Header) -> Vec<u8> {
@@ -267,8 +269,10 @@ mod tests {
         for kind in [NBD_CMD_WRITE, NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, 99] {
             let with = extended_header(kind, NBD_CMD_FLAG_PAYLOAD_LEN, 4096);
             assert_eq!((parse(&with), with.payload_len()), (Ok(with), 4096));
-            let without = extended_header(kind, 0, u64::MAX);
-            assert_eq!((parse(&without), without.payload_len()), (Ok(without), 0));
+            // which a write need not say
+            let (len, payload) = if kind == NBD_CMD_WRITE { (4096, 4096) } else { (u64::MAX, 0) };
+            let without = extended_header(kind, 0, len);
+            assert_eq!((parse(&without), without.payload_len()), (Ok(without), payload));
             let large = extended_header(kind, NBD_CMD_FLAG_PAYLOAD_LEN, LIMIT + 1);
             assert_eq!(parse(&large), Err(Violation::Oversize(LIMIT + 1)));
         }
@@ -283,7 +287,7 @@ mod tests {
         let judge = |kind, flags, length, agreed: &Agreed| extended_header(kind, flags, length).command(agreed);
         let with = NBD_CMD_FLAG_PAYLOAD_LEN;
         assert_eq!(judge(NBD_CMD_WRITE, with, 512, &all), Ok(Command::Write));
-        assert_eq!(judge(NBD_CMD_WRITE, 0, 512, &all), Err(Errno::EINVAL));
+        assert_eq!(judge(NBD_CMD_WRITE, 0, 512, &all), Ok(Command::Write));
         for kind in [NBD_CMD_READ, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES] {
             assert!(judge(kind, 0, 512, &all).is_ok());
             assert_eq!(judge(kind, with, 512, &all), Err(Errno::EINVAL), "command {kind}");

@@ -5,13 +5,16 @@ import socket
 import struct
 import time
 
-OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO, OPT_STRUCTURED, OPT_LIST_META, OPT_SET_META = \
-    1, 2, 3, 5, 6, 7, 8, 9, 10
-ACK, SERVER, INFO = 1, 2, 3
-ERR_UNSUP, ERR_POLICY, ERR_INVALID, ERR_UNKNOWN, ERR_TOO_BIG = ((1 << 31) + n for n in (1, 2, 3, 6, 9))
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO, OPT_STRUCTURED, OPT_LIST_META, OPT_SET_META, \
+    OPT_EXTENDED = 1, 2, 3, 5, 6, 7, 8, 9, 10, 11
+ACK, SERVER, INFO, CONTEXT = 1, 2, 3, 4
+ERR_UNSUP, ERR_POLICY, ERR_INVALID, ERR_UNKNOWN, ERR_SHUTDOWN, ERR_TOO_BIG, ERR_EXT_HEADER_REQD = \
+    ((1 << 31) + n for n in (1, 2, 3, 6, 7, 9, 10))
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
-EIO, EINVAL, ENOSPC = 5, 22, 28
+EIO, EINVAL, ENOSPC, EOVERFLOW, ESHUTDOWN = 5, 22, 28, 75, 108
 MAGIC = 0x25609513
+NO_HOLE, DF, ONE, FAST, PAYLOAD = 2, 4, 8, 16, 32
+NONE, DATA, HOLE, BLOCK_STATUS, BLOCK_STATUS_EXT, ERROR, ERROR_OFFSET = 0, 1, 2, 5, 6, 0x8001, 0x8002
 # far more than any answer takes
 PATIENCE = 30
 
@@ -103,6 +106,68 @@ class Wire:
         assert cookie == replied
         return error
 
+    # ---- transmission with extended headers
+
+    def extended(self, name="disk", *contexts):
+        """Goes with extended headers; the ids of these contexts."""
+        assert self.answer(OPT_EXTENDED) == (ACK, b"")
+        ids = self.select(name, *contexts) if contexts else []
+        assert self.answer(OPT_GO, info(name)) == (ACK, b"")
+        return ids
+
+    def select(self, name, *contexts):
+        self.option(OPT_SET_META, meta(name, *contexts))
+        ids = []
+        while True:
+            _, kind, data = self.reply()
+            if kind != CONTEXT:
+                assert kind == ACK, hex(kind)
+                return ids
+            ids.append(struct.unpack(">I", data[:4])[0])
+
+    def request64(self, kind, offset=0, length=0, flags=0, payload=b""):
+        self.cookie += 1
+        self.offset = offset
+        self.send(struct.pack(">IHHQQQ", 0x21E41C71, flags, kind, self.cookie, offset, length) + payload)
+
+    def chunk64(self):
+        """(done, type, payload) of one extended chunk of the latest request."""
+        magic, flags, kind, cookie, offset, length = struct.unpack(">IHHQQQ", self.recv(32))
+        assert magic == 0x6E8A278C and cookie == self.cookie and offset == self.offset, (hex(magic), cookie, offset)
+        return flags & 1 == 1, kind, self.recv(length)
+
+    def chunk(self):
+        """(done, type, payload) of one structured chunk."""
+        magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self.recv(20))
+        assert magic == 0x668E33EF and cookie == self.cookie, (hex(magic), cookie)
+        return flags & 1 == 1, kind, self.recv(length)
+
+    def chunks(self, chunk=None):
+        """All chunks of the latest request: (type, payload)."""
+        all, done = [], False
+        while not done:
+            done, kind, payload = (chunk or self.chunk64)()
+            all.append((kind, payload))
+        return all
+
+    def ask64(self, kind, offset=0, length=0, flags=0, payload=b""):
+        """The error of a request without data in its reply."""
+        self.request64(kind, offset, length, flags, payload)
+        (kind, payload), = self.chunks()
+        assert kind in (NONE, ERROR), kind
+        return struct.unpack(">I", payload[:4])[0] if kind == ERROR else 0
+
+    def status64(self, offset, length, flags=0, payload=b""):
+        """The descriptors by context id."""
+        self.request64(STATUS, offset, length, flags, payload)
+        answer = {}
+        for kind, payload in self.chunks():
+            assert kind == BLOCK_STATUS_EXT, (kind, payload)
+            id, count = struct.unpack(">II", payload[:8])
+            assert id not in answer and len(payload) == 8 + 16 * count > 8
+            answer[id] = list(struct.iter_unpack(">QQ", payload[8:]))
+        return answer
+
     def well(self):
         """The connection still does what it should."""
         data = os.urandom(5000)
@@ -121,6 +186,23 @@ def meta(name, *queries):
     """Data of NBD_OPT_SET_META_CONTEXT and NBD_OPT_LIST_META_CONTEXT."""
     data = struct.pack(">I", len(name)) + name.encode() + struct.pack(">I", len(queries))
     return data + b"".join(struct.pack(">I", len(q)) + q.encode() for q in queries)
+
+
+def content(offset, length, chunks):
+    """The data of a read, put together from its chunks, every byte of which must come once."""
+    data, come = bytearray(length), 0
+    for kind, payload in chunks:
+        if kind == NONE:
+            continue
+        at = struct.unpack(">Q", payload[:8])[0] - offset
+        if kind == DATA:
+            data[at:at + len(payload) - 8] = payload[8:]
+            come += len(payload) - 8
+        else:
+            assert kind == HOLE and len(payload) == 12, kind
+            come += struct.unpack(">I", payload[8:])[0]
+    assert len(data) == length == come, (length, come)
+    return bytes(data)
 
 
 def resident():

@@ -12,6 +12,7 @@ use super::out::{Out, write_replies};
 use super::pace::Pace;
 use super::receive::{End, Reader};
 use super::session::Session;
+use super::turn_away;
 use crate::block::{BlockDev, Context as MetaContext};
 use crate::export::control;
 use crate::export::limit_keys::LiveLimits;
@@ -116,6 +117,7 @@ async fn transmit(
     let out = Rc::new(Out::new(Rc::clone(&stream), Rc::clone(&gauge)));
     ring::spawn(write_replies(Rc::clone(&out)));
     let contexts = contexts(&client, &agreed).await;
+    let replies = agreed.replies;
     let session = Rc::new(Session {
         stream: Rc::clone(&stream),
         export: Arc::clone(client.export()),
@@ -139,7 +141,7 @@ async fn transmit(
     });
 
     let reader = Reader::new(&session, rest, stop.as_mut()).run();
-    let end = AssertUnwindSafe(reader).catch_unwind().await.unwrap_or(End::Panicked);
+    let (end, rest) = AssertUnwindSafe(reader).catch_unwind().await.unwrap_or((End::Panicked, None));
     session.out.attend(false);
     if let End::Violation(violation) = &end {
         warn!(%peer, %export, reason = %violation, "client broke the protocol");
@@ -158,6 +160,9 @@ async fn transmit(
     // everything drained this is the last reference to the session.
     drop(session);
     let farewell = client.detach().await;
+    if let (End::Shutdown, Some(rest), false) = (&end, rest, deaf) {
+        turn_away::requests(&stream, replies, rest).await;
+    }
     if matches!(end, End::Shutdown | End::Ended | End::Idle | End::Violation(_)) && !deaf {
         linger(&stream).await;
     }

@@ -2,6 +2,7 @@
 
 use super::admission::Place;
 use super::conn::Context;
+use super::turn_away;
 use crate::block::{BlockDev, Geometry};
 use crate::export::config::ExportConfig;
 use crate::export::service::{AttachError, Client, Export};
@@ -62,7 +63,14 @@ pub(super) async fn negotiate(
         let step = handshake.step();
         wire.send(&handshake.take_output()).await?;
         match step {
-            Step::Read => handshake.feed(wire.receive().await?),
+            Step::Read => match wire.receive().await {
+                Ok(bytes) => handshake.feed(bytes),
+                Err(end @ NoDeal::Shutdown) => {
+                    turn_away::during_handshake(stream, &mut handshake).await;
+                    return Err(end);
+                }
+                Err(end) => return Err(end),
+            },
             Step::Export { name, purpose: Purpose::Info } => {
                 handshake.export(describe(context, stream.peer(), name).await)
             }

@@ -64,26 +64,31 @@ pub(super) struct Reader<'a> {
     /// Ready when no more requests are to be read, with the reason.
     stop: Pin<&'a mut dyn Future<Output = End>>,
     turn: u32,
+    /// Nothing of a request was taken that was not started.
+    between: bool,
 }
 
 impl<'a> Reader<'a> {
     /// A reader that begins with bytes received during the handshake.
     pub(super) fn new(session: &'a Rc<Session>, rest: &[u8], stop: Pin<&'a mut dyn Future<Output = End>>) -> Self {
-        Reader { session, input: Input::beginning_with(rest), stop, turn: 0 }
+        Reader { session, input: Input::beginning_with(rest), stop, turn: 0, between: true }
     }
 
-    /// Reads requests and starts them until there is a reason to end.
-    pub(super) async fn run(mut self) -> End {
+    /// Reads requests and starts them until there is a reason to end. Also returns what was received and not looked at, if
+    /// it begins with a request.
+    pub(super) async fn run(mut self) -> (End, Option<Input>) {
         self.session.out.attend(true);
         let Err(end) = self.requests().await;
         self.session.out.attend(false);
-        end
+        (end, self.between.then_some(self.input))
     }
 
     async fn requests(&mut self) -> Result<Infallible, End> {
         loop {
             while let Some(header) = self.input.take_header(self.session.agreed.replies) {
+                self.between = false;
                 self.request(header?).await?;
+                self.between = true;
                 if !self.session.out.takes_more() {
                     // while the processor's cache still holds what was read, and so that its buffers are used again
                     self.flush()?;
