@@ -1,4 +1,4 @@
-//! One thread's hands on an image: reads, writes, zeroes and flushes, with its own descriptors on its own ring.
+//! One thread's hands on an image: reads, writes and flushes, with its own descriptors on its own ring.
 //!
 //! The brain ([`crate::qcow2::Metadata`]) says where bytes are and where they may go; here they are moved. Its mutex is
 //! taken for each decision and never held while I/O runs.
@@ -7,9 +7,7 @@ use super::shared::{Content, Image, Storage};
 use super::{Error, Format, raw};
 use crate::block::{BlockDev, Context, Errno, Geometry, Run, ZeroFlags};
 use crate::pagebuf::PageBuf;
-use crate::qcow2::{
-    Allocation, CompressedRange, Map, Mapped, Metadata, Source, Table, Write, Zero, ZeroMode, compress,
-};
+use crate::qcow2::{Allocation, CompressedRange, Map, Mapped, Metadata, Source, Table, Write, ZeroMode, compress};
 use crate::ring;
 use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
 use futures_util::future::join_all;
@@ -132,7 +130,7 @@ impl Disk {
     }
 
     /// Where a layer's guest data is.
-    fn guest_file(&self, layer: usize) -> &ring::File {
+    pub(super) fn guest_file(&self, layer: usize) -> &ring::File {
         self.data_files[layer].as_ref().unwrap_or(&self.files[layer])
     }
 
@@ -141,7 +139,7 @@ impl Disk {
         self.image.layers[0].metadata().expect("only for QCOW2 layers")
     }
 
-    fn is_raw(&self) -> bool {
+    pub(super) fn is_raw(&self) -> bool {
         self.image.format() == Format::Raw
     }
 
@@ -372,13 +370,17 @@ impl Disk {
             Job::Allocate(allocation, buf) => (allocation, buf),
         };
         let (result, buf) = self.fill_allocation(&allocation, buf).await;
-        if let (Err(_), None, Some(stored)) = (result, self.data_file(), allocation.fresh()) {
-            // nothing refers to these clusters yet, and a full file system needs what was stored there for the tables
-            // of the writes that succeeded
-            let _ = self.file(0).punch(stored).await;
-        }
+        self.give_back_unused(&allocation, result).await;
         self.finish(allocation, result);
         (result, buf)
+    }
+
+    /// Gives the storage of an allocation back that could not be filled: nothing refers to its clusters yet, and a full
+    /// file system needs what was stored there for the tables of the writes that succeeded.
+    pub(super) async fn give_back_unused(&self, allocation: &Allocation, result: Result<(), Errno>) {
+        if let (Err(_), None, Some(stored)) = (result, self.data_file(), allocation.fresh()) {
+            let _ = self.file(0).punch(stored).await;
+        }
     }
 
     /// Commits or aborts an allocation and lets those who wait for it go on.
@@ -425,7 +427,7 @@ impl Disk {
         (around.into_iter().fold(data, Result::and), buf)
     }
 
-    async fn copy_old(&self, a: &Allocation, range: ByteRange, host: HostOffset) -> Result<(), Errno> {
+    pub(super) async fn copy_old(&self, a: &Allocation, range: ByteRange, host: HostOffset) -> Result<(), Errno> {
         if range.is_empty() {
             return Ok(());
         }
@@ -449,134 +451,6 @@ impl Disk {
         }
         part.unsplit(buf);
         (result, part)
-    }
-
-    // ---- zeroing
-
-    /// Zeroes a range of a QCOW2 image; it may lie behind the size that the image was opened with.
-    pub(super) async fn zero_qcow2(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
-        self.note_change(range).await?;
-        let mode = self.zero_data_file(range, mode).await?;
-        self.zero_metadata(range, mode).await
-    }
-
-    /// Makes whole clusters of a range unallocated, durably. For content that does not change by that, because what
-    /// lies below is the same.
-    pub(super) async fn expose(&self, range: ByteRange) -> Result<(), Errno> {
-        self.zero_metadata(range, ZeroMode::Expose).await?;
-        self.settle().await?;
-        // not before the tables are durable: until then they lead to what the data file holds
-        self.zero_data_file(range, ZeroMode::Expose).await.map(drop)
-    }
-
-    /// Zeroes a range as far as the image file says so; what an external data file holds stays.
-    pub(super) async fn zero_metadata(&self, range: ByteRange, mode: ZeroMode) -> Result<(), Errno> {
-        let mut rest = range;
-        let mut decisions = 0;
-        while !rest.is_empty() {
-            decisions += 1;
-            if decisions % TURN == 0 {
-                self.start_writeback();
-                ring::yield_now().await;
-            }
-            self.make_room().await?;
-            let operation = self.operation();
-            let progress = self.image.progress.notified();
-            let mut progress = std::pin::pin!(progress);
-            progress.as_mut().enable();
-            let answer = self.metadata().begin_zero(rest, mode);
-            match answer {
-                Ok(Zero::Done(len)) => rest = rest.skip(len),
-                Ok(Zero::Data(len)) => {
-                    drop(operation); // the write is an operation of its own
-                    self.write_zero_bytes(rest.prefix(len)).await?;
-                    rest = rest.skip(len);
-                }
-                Ok(Zero::Allocate(allocation)) => {
-                    let len = allocation.range.len();
-                    let host = HostRange::new(allocation.host, allocation.span.len());
-                    let result = raw::reserve(self.guest_file(0), host).await;
-                    self.finish(allocation, result);
-                    result?;
-                    rest = rest.skip(len);
-                }
-                Ok(Zero::Load(table)) => self.load(0, table).await?,
-                Ok(Zero::Prepare) => {
-                    drop(operation);
-                    self.flush_image().await?;
-                }
-                Ok(Zero::Wait) => {
-                    drop(operation);
-                    progress.await;
-                }
-                Err(fault) => return Err(self.fault(0, fault)),
-            }
-        }
-        self.start_writeback();
-        Ok(())
-    }
-
-    /// Zeroes a range of the external data file, before the metadata says so: what lies there is the guest's to lose.
-    /// Returns what is left for the metadata.
-    ///
-    /// A raw one must read as the disk does at any moment. So its mapping stays: a cluster with the zero flag would
-    /// differ from its bytes in the file from the next write on until that write's metadata is flushed. From another
-    /// one whole clusters are only given back.
-    async fn zero_data_file(&self, range: ByteRange, mode: ZeroMode) -> Result<ZeroMode, Errno> {
-        let (Some(file), Some(data)) = (self.data_file(), &self.image.layers[0].data) else { return Ok(mode) };
-        let (cluster, broken) = {
-            let md = self.metadata();
-            (md.layout().cluster(), md.broken().is_some())
-        };
-        if broken {
-            return Err(Errno::EIO);
-        }
-        let end = range.end().0;
-        let first = range.start().0.next_multiple_of(cluster).min(end);
-        let last = if end == self.image.size() { end } else { (end / cluster * cluster).max(first) };
-        let clusters = ByteRange::between(first, last);
-        let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-        match (data.raw, mode) {
-            (true, ZeroMode::Unmap) => raw::write_zeroes(file, range, unmap).await?,
-            (true, ZeroMode::Discard | ZeroMode::Expose) => raw::write_zeroes(file, clusters, unmap).await?,
-            (true, ZeroMode::Provision | ZeroMode::Keep | ZeroMode::InPlace) => {
-                raw::write_zeroes(file, range, ZeroFlags::default()).await?;
-            }
-            (false, ZeroMode::Provision | ZeroMode::Keep | ZeroMode::InPlace) => {}
-            (false, _) => raw::discard(file, clusters).await?,
-        }
-        Ok(if data.raw { ZeroMode::InPlace } else { mode })
-    }
-
-    async fn write_zero_bytes(&self, range: ByteRange) -> Result<(), Errno> {
-        let mut rest = range;
-        while !rest.is_empty() {
-            let part = rest.prefix(raw::ZERO_CHUNK);
-            self.write(part.start(), PageBuf::zeroed(part.len() as usize)).await.0?;
-            rest = rest.skip(part.len());
-        }
-        Ok(())
-    }
-
-    /// Whether zeroing `range` needs no data written.
-    async fn zeroes_fast(&self, range: ByteRange) -> Result<bool, Errno> {
-        let (cluster, fast) = {
-            let md = self.metadata();
-            (md.layout().cluster(), md.zeroes_fast())
-        };
-        if !fast {
-            return Ok(false);
-        }
-        let end = range.end().0;
-        let first_whole = range.start().0.next_multiple_of(cluster).min(end);
-        let last_whole = if end == self.image.size() { end } else { (end / cluster * cluster).max(first_whole) };
-        for part in [ByteRange::between(range.start().0, first_whole), ByteRange::between(last_whole, end)] {
-            let pieces = self.resolve(part, usize::MAX).await?;
-            if !pieces.iter().all(|p| matches!(p.from, From::Zero { .. })) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     // ---- write-back nobody waits for
@@ -669,18 +543,7 @@ impl BlockDev for Disk {
     }
 
     async fn write_zeroes(&self, r: ByteRange, f: ZeroFlags) -> Result<(), Errno> {
-        if self.is_raw() {
-            return raw::write_zeroes(&self.files[0], r, f).await;
-        }
-        if f.fast && !self.zeroes_fast(r).await? {
-            return Err(Errno::ENOTSUP);
-        }
-        let mode = match f {
-            ZeroFlags { may_unmap: true, .. } => ZeroMode::Unmap,
-            ZeroFlags { sparse: true, .. } => ZeroMode::Keep,
-            _ => ZeroMode::Provision,
-        };
-        self.zero_qcow2(r, mode).await
+        self.zero(r, f).await
     }
 
     async fn discard(&self, r: ByteRange) -> Result<(), Errno> {

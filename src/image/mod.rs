@@ -35,6 +35,7 @@ pub mod repair;
 pub mod resize;
 pub mod scratch;
 mod shared;
+mod zero;
 
 pub use device::Device;
 pub use disk::Disk;

@@ -11,50 +11,74 @@ use std::fs::File;
 /// Block devices zero whole logical blocks only, and none has larger ones.
 const BLOCK: u64 = 4096;
 /// Zeroes written at once, in bytes, where the file system cannot make them.
-pub(super) const ZERO_CHUNK: u64 = 1 << 20;
+const ZERO_CHUNK: u64 = 1 << 20;
+/// Bytes that the kernel is asked to zero at once: until it has done that, others wait for the file.
+pub(super) const AT_ONCE: u64 = 1 << 30;
 
 /// Makes a range read as zeroes: by punching a hole (`may_unmap`), by zeroing in place, or by writing.
 ///
-/// ENOTSUP, with nothing changed, when `fast` is asked and only writing would do.
+/// ENOTSUP, with nothing changed, when `fast` is asked and only writing would do. ENOSPC, with nothing changed, when
+/// storage for all of the range is asked and there surely is not enough.
 pub(super) async fn write_zeroes(file: &ring::File, range: ByteRange, f: ZeroFlags) -> Result<(), Errno> {
     let (head, middle, tail) = aligned(range);
-    if !middle.is_empty() {
-        let host = host(middle);
-        let mut result = Err(Errno::ENOTSUP);
-        if f.may_unmap {
-            result = file.punch(host).await;
-        }
-        if unsupported(result) {
-            result = file.zero_range(host).await;
-        }
-        if unsupported(result) {
-            if f.fast {
-                return Err(Errno::ENOTSUP);
-            }
-            result = write_zero_bytes(file, middle).await;
-        }
-        result?;
-    } else if f.fast && range.len() > BLOCK {
+    if f.fast && middle.is_empty() && range.len() > BLOCK {
         return Err(Errno::ENOTSUP);
+    }
+    if !f.may_unmap && middle.len() > AT_ONCE && !file.may_hold(middle.len()) {
+        return Err(Errno::ENOSPC);
+    }
+    let mut rest = middle;
+    while !rest.is_empty() {
+        let part = rest.prefix(AT_ONCE);
+        match zero_blocks(file, host(part), f).await {
+            result if unsupported(result) && f.fast => return Err(Errno::ENOTSUP),
+            result if unsupported(result) => write_zero_bytes(file, part).await?,
+            result => result?,
+        }
+        rest = rest.skip(part.len());
     }
     write_zero_bytes(file, head).await?;
     write_zero_bytes(file, tail).await
 }
 
+/// Has whole blocks zeroed by the file system or the device, if it knows how.
+async fn zero_blocks(file: &ring::File, range: HostRange, f: ZeroFlags) -> Result<(), Errno> {
+    let mut result = Err(Errno::ENOTSUP);
+    if f.may_unmap {
+        result = file.punch(range).await;
+    }
+    // for a device that cannot do it the kernel writes the zeroes
+    if unsupported(result) && !(f.fast && file.is_device()) {
+        result = file.zero_range(range).await;
+    }
+    if unsupported(result) && !f.may_unmap && !file.is_device() {
+        // tmpfs knows holes only: a hole, and storage for it
+        file.punch(range).await?;
+        result = file.allocate(range).await;
+    }
+    result
+}
+
 /// Gives whole blocks of a range back to the file system where it takes them.
 pub(super) async fn discard(file: &ring::File, range: ByteRange) -> Result<(), Errno> {
     let (_, middle, _) = aligned(range);
-    if middle.is_empty() {
-        return Ok(());
+    let mut rest = middle;
+    while !rest.is_empty() {
+        let part = rest.prefix(AT_ONCE);
+        match file.punch(host(part)).await {
+            result if unsupported(result) => return Ok(()), // a hint, and nobody there to take it
+            result => result?,
+        }
+        rest = rest.skip(part.len());
     }
-    match file.punch(host(middle)).await {
-        result if unsupported(result) => Ok(()), // a hint, and nobody there to take it
-        result => result,
-    }
+    Ok(())
 }
 
 /// Makes sure a range of an image file has storage; its content does not matter.
 pub(super) async fn reserve(file: &ring::File, range: HostRange) -> Result<(), Errno> {
+    if file.is_device() {
+        return Ok(()); // it has all of it
+    }
     match file.allocate(range).await {
         result if unsupported(result) => {
             let bytes = ByteRange::between(range.start().0, range.end().0);

@@ -519,9 +519,10 @@ impl Metadata {
         }
     }
 
-    /// Whether zeroing all of `range` needs no data written, as far as whole clusters go (`ZeroMode::Discard`: always).
-    pub fn zeroes_fast(&self) -> bool {
-        self.layout.version >= 3
+    /// Whether zeroing all of `range` needs no data written, as far as whole clusters go.
+    pub fn zeroes_fast(&self, range: ByteRange, mode: ZeroMode) -> bool {
+        let unmaps = !matches!(mode, ZeroMode::Provision);
+        self.layout.version >= 3 || (unmaps && self.zero_below(range.start().0 >> self.layout.cluster_bits))
     }
 
     /// How to zero the first part of `range`, which is not empty and lies inside the disk.
@@ -583,13 +584,31 @@ impl Metadata {
                         self.free_entry(entry);
                     }
                 }
-                ZeroEntry::Data if count == 0 => return Ok(Zero::Data(bytes(1))),
+                ZeroEntry::Data if count == 0 => {
+                    let clusters = self.data_run(slice, index, first, max, mode);
+                    return Ok(Zero::Data(bytes(clusters)));
+                }
                 ZeroEntry::Reserve if count == 0 => return self.reserve(range, slice, at, first, max),
                 ZeroEntry::Data | ZeroEntry::Reserve => break,
             }
             count += 1;
         }
         Ok(Zero::Done(bytes(count)))
+    }
+
+    /// Clusters from `first` on whose zeroes all have to be data.
+    fn data_run(&mut self, slice: u64, index: usize, first: u64, max: u64, mode: ZeroMode) -> u64 {
+        let mut count = 1;
+        while count < max {
+            let entry = self.decode(slice, index + count as usize, first + count);
+            // a broken entry ends the run; the write to its own bytes will report it
+            let data = entry.is_ok_and(|entry| matches!(self.zero_entry(entry, first + count, mode), ZeroEntry::Data));
+            if !data {
+                break;
+            }
+            count += 1;
+        }
+        count
     }
 
     /// Part of a cluster: nothing to do where it reads as zeroes already, else the bytes are written.

@@ -175,6 +175,22 @@ impl File {
         self.fallocate(r, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).await
     }
 
+    /// Whether it is a block device: all of it is there, and zeroes may take as long as data.
+    pub fn is_device(&self) -> bool {
+        match &self.inner.backend {
+            Backend::Real(real) => real.is_device(),
+            Backend::Memory(_) => false,
+        }
+    }
+
+    /// Whether the file may be able to hold so many bytes: false only when the file system surely has not enough room.
+    pub fn may_hold(&self, len: u64) -> bool {
+        match &self.inner.backend {
+            Backend::Real(real) => real.room().is_none_or(|room| len <= room),
+            Backend::Memory(_) => true,
+        }
+    }
+
     /// Makes the range read as zeroes with storage kept or reserved for it, extending the file as needed.
     ///
     /// Errors: EINVAL for a range past the largest file offset; ENOTSUP when the file system or device cannot.

@@ -7,9 +7,11 @@ use super::runtime::{Held, yield_now};
 use crate::pagebuf::{PAGE, PageBuf};
 use crate::units::HostRange;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::statvfs::fstatvfs;
 use std::cell::Cell;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -120,6 +122,26 @@ impl Real {
         self.file.fallocate(r.start().0, r.len(), mode).await
     }
 
+    pub(super) fn is_device(&self) -> bool {
+        fstat(self.fd()).is_ok_and(|meta| kind(&meta) == SFlag::S_IFBLK)
+    }
+
+    /// What the file occupies and what the file system has left, in bytes; `None` when that is not known or says nothing.
+    pub(super) fn room(&self) -> Option<u64> {
+        let (meta, system) = (fstat(self.fd()).ok()?, fstatvfs(self.fd()).ok()?);
+        // a file system without a size of its own says 0
+        if kind(&meta) != SFlag::S_IFREG || system.blocks() == 0 {
+            return None;
+        }
+        let free = system.blocks_free().saturating_mul(system.fragment_size());
+        Some(free.saturating_add(u64::try_from(meta.st_blocks).ok()?.saturating_mul(512)))
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self`, which what is returned borrows.
+        unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }
+    }
+
     /// Whether nothing is stored from `at` on for `len` bytes. Not knowing is "no".
     pub(super) fn is_hole(&self, at: u64, len: u64) -> bool {
         let at = at as libc::off64_t; // `check` saw to the sign
@@ -162,6 +184,10 @@ impl Real {
         // returns; the descriptor is open as long as `self`.
         counted(unsafe { libc::pwritev2(self.file.as_raw_fd(), &iov, 1, at, flags) })
     }
+}
+
+fn kind(meta: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT
 }
 
 /// The outcome of a system call that has just returned a count or -1.
