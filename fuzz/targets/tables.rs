@@ -402,6 +402,7 @@ impl<'a> Brain<'a> {
                     continue;
                 }
                 Step::Wait => return,
+                Step::Pause => continue,
                 Step::Write(pieces) => {
                     for (at, bytes) in pieces {
                         self.written(at.0, bytes);

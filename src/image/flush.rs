@@ -9,6 +9,7 @@ use super::shared::unpoisoned;
 use crate::block::Errno;
 use crate::pagebuf::PageBuf;
 use crate::qcow2::{Fault, Step};
+use crate::ring;
 use crate::units::HostOffset;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::sync::{Arc, OnceLock};
@@ -128,6 +129,10 @@ impl Disk {
                 }
                 Step::Wait => {
                     progress.await;
+                    continue;
+                }
+                Step::Pause => {
+                    ring::yield_now().await;
                     continue;
                 }
                 Step::Write(pieces) => self.write_pieces(pieces).await,

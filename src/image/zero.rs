@@ -31,7 +31,7 @@ impl Disk {
         if f.fast && !self.zeroes_fast(range, mode).await? {
             return Err(Errno::ENOTSUP);
         }
-        if mode == ZeroMode::Provision {
+        if mode == ZeroMode::Provision || !self.metadata().zeroes_fast(range, mode) {
             self.check_space(range).await?;
         }
         self.zero_qcow2(range, mode).await

@@ -24,6 +24,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 /// Clusters freed and not yet written back that make [`Metadata::wants_writeback`] true.
 const FREED_LIMIT: usize = 16_384;
 
+/// The same, so much that who frees more waits: what is freed is taken back while the metadata is locked.
+const FREED_MAX: usize = 4 * FREED_LIMIT;
+/// References taken back before others get their turn.
+const RELEASE_TURN: usize = 4096;
+
 /// One step of a write-back cycle, to be carried out and reported to [`Metadata::step_done`].
 #[derive(Debug)]
 pub enum Step {
@@ -37,6 +42,8 @@ pub enum Step {
     Load(Table),
     /// Somebody else is reading that table: wait for progress, ask for the next step.
     Wait,
+    /// Others want to have the metadata too: give them a turn and ask for the next step.
+    Pause,
 }
 
 /// A root table's part of a cycle.
@@ -189,7 +196,7 @@ impl Metadata {
                 self.advance(&mut cycle);
             }
             (Step::Write(pieces), Ok(())) => cycle.written = Some(pieces),
-            (Step::Load(_) | Step::Wait, Ok(())) => {}
+            (Step::Load(_) | Step::Wait | Step::Pause, Ok(())) => {}
         }
         self.cycle = Some(cycle);
     }
@@ -253,7 +260,12 @@ impl Metadata {
 
     /// Takes references back. `None`: all done, the changed refcount blocks are ready to be written.
     fn release(&mut self, release: &mut Release) -> Option<Step> {
+        let mut turn = 0;
         while let Some(&(cluster, references)) = release.taking.front() {
+            turn += 1;
+            if turn > RELEASE_TURN {
+                return Some(Step::Pause);
+            }
             let count = match self.refcount(cluster) {
                 Ok(count) => count,
                 Err(stop) => match self.or_step(stop) {
@@ -282,6 +294,10 @@ impl Metadata {
             return Some(Step::Punch(self.ranges(&release.punching)));
         }
         while let Some(&cluster) = release.clearing.front() {
+            turn += 1;
+            if turn > RELEASE_TURN {
+                return Some(Step::Pause);
+            }
             match self.set_refcount(cluster, 0) {
                 Ok(()) => self.reuse(cluster),
                 Err(stop) => {
@@ -336,9 +352,10 @@ impl Metadata {
         self.is_written() && self.freed.is_empty() && self.freed_durable.is_empty()
     }
 
-    /// Whether more waits in memory than the cache may hold.
+    /// Whether more waits in memory than may.
     pub fn overfull(&self) -> bool {
-        self.broken.is_none() && self.tables.dirty_bytes() > self.tables.limit_bytes()
+        let much = self.tables.dirty_bytes() > self.tables.limit_bytes() || self.freed.len() > FREED_MAX;
+        self.broken.is_none() && much
     }
 
     /// Whether so much waits in memory that a cycle should run without anybody asking for a flush.
