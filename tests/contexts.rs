@@ -119,16 +119,17 @@ fn make_more(directory: &Path, dice: &mut Seed) -> Vec<String> {
         qemu_io(directory, name, &random_changes(size, dice, 12));
         names.push(name.to_owned());
     }
-    let bitmaps: [(&str, &str, Option<&str>, u64, &[&str]); 4] = [
-        ("bits.qcow2", "", None, (40 << 20) + 512, &["512", "64k", "2M"]),
-        ("tiny-bits.qcow2", "cluster_size=512", None, (9 << 20) + 512, &["512", "1k", "32k"]),
-        ("over-bits.qcow2", "cluster_size=4k", Some("plain.qcow2"), (7 << 20) + 1024, &["4k", "128k"]),
-        ("fine-bits.qcow2", "extended_l2=on", Some("fine.qcow2"), 10 << 20, &["64k"]),
+    let bitmaps = [
+        ("bits.qcow2", "", None, (40 << 20) + 512, "512 64k 2M"),
+        ("tiny-bits.qcow2", "cluster_size=512", None, (9 << 20) + 512, "512 1k 32k"),
+        ("over-bits.qcow2", "cluster_size=4k", Some("plain.qcow2"), (7 << 20) + 1024, "4k 128k"),
+        ("fine-bits.qcow2", "extended_l2=on", Some("fine.qcow2"), 10 << 20, "64k"),
     ];
     for (name, options, backing, size, granularities) in bitmaps {
+        let granularities: Vec<&str> = granularities.split(' ').collect();
         create(name, options, backing, size);
         let image = directory.join(name);
-        for granularity in granularities {
+        for granularity in &granularities {
             let bitmap = format!("g {granularity}: \u{e4}");
             qemu_img(&format!("bitmap --add -g {granularity}"), &[&image, Path::new(&bitmap)]);
             qemu_io(directory, name, &random_changes(size, dice, 12));
