@@ -94,3 +94,43 @@ fn every_transport_and_every_name_has_a_uri() {
     let strange = dir.path().join("1.qcow2");
     run(Command::new("qemu-io").args(["-f", "qcow2", "-c", "read -P 5 1M 1M"]).arg(strange));
 }
+
+#[test]
+fn clients_that_name_no_export_get_the_default_one() {
+    let setup = Setup::new().generic("defaultexport = main disk");
+    let image = setup.image("disk.qcow2", "", "3M");
+    setup.export("other", &setup.image("other.qcow2", "", "5M"), "");
+    let daemon = setup.start();
+    let nameless = [daemon.tcp(""), daemon.uri(""), format!("nbd://127.0.0.1:{}", daemon.port())];
+    for uri in &nameless {
+        let refused = qemu::output(Command::new("nbdinfo").arg("--size").arg(uri));
+        assert!(!refused.status.success(), "its export is not there yet");
+    }
+    // not even a reload is needed once it is
+    common::daemon::write_export(daemon.dir(), "main disk", &image, "");
+    for uri in &nameless {
+        for libnbd in Libnbd::BOTH {
+            assert_eq!(libnbd.run("nbdinfo", &["--size", uri]), "3145728\n", "{libnbd:?} {uri}");
+        }
+        assert_eq!(qemu_size(&["-f", "raw", uri]), 3 << 20);
+    }
+    Libnbd::Newer.python(
+        "import nbd, sys\nh = nbd.NBD()\nh.set_full_info(True)\nh.connect_uri(sys.argv[1])\n\
+         assert h.get_canonical_export_name() == 'main disk', h.get_canonical_export_name()\n\
+         h.pwrite(b'default', 0)\nh.shutdown()\n",
+        &[&daemon.tcp("")],
+    );
+    assert_eq!(daemon.names(), ["main disk", "other"]);
+    // another one, and none at all
+    let base = daemon.dir().join("cowgate.conf");
+    let text = std::fs::read_to_string(&base).unwrap();
+    std::fs::write(&base, text.replace("defaultexport = main disk", "defaultexport = other")).unwrap();
+    daemon.reload();
+    assert_eq!(qemu_size(&["-f", "raw", &daemon.tcp("")]), 5 << 20);
+    std::fs::write(&base, text.replace("defaultexport = main disk", "")).unwrap();
+    daemon.reload();
+    assert!(!qemu::output(Command::new("nbdinfo").arg(daemon.tcp(""))).status.success());
+    let _dir = daemon.stop();
+    qemu::check(&image);
+    run(Command::new("qemu-io").args(["-f", "qcow2", "-c", "read -P 100 0 1"]).arg(&image));
+}

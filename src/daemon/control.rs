@@ -147,6 +147,7 @@ impl Control {
         if let Some(server) = pass.server {
             self.live.list_allowed.store(server.list_allowed, Ordering::Relaxed);
             self.live.limits.set(server.limits);
+            self.registry.set_default(server.default_export);
         }
         self.next_pass = pass.again.map(|pause| Instant::now() + pause);
         if let Some(status) = self.reload.concluded() {

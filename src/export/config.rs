@@ -166,6 +166,8 @@ pub struct ServerConfig {
     pub dual_listen: bool,
     /// Clients may list the exports.
     pub list_allowed: bool,
+    /// The export of clients that ask for none by name.
+    pub default_export: Option<String>,
     /// Worker threads; `None`: one per core.
     pub workers: Option<usize>,
     /// Directories below which backing files may be; `None`: the exported image's own directory.
@@ -192,6 +194,7 @@ impl Default for ServerConfig {
             unix_socket: None,
             dual_listen: false,
             list_allowed: false,
+            default_export: None,
             workers: None,
             image_roots: None,
             lock_timeout: None,
@@ -323,6 +326,7 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
             "controlsock" => server.control_socket = control_socket(at, reader),
             "duallisten" => server.dual_listen = reader.boolean(at).unwrap_or(false),
             "allowlist" => server.list_allowed = reader.boolean(at).unwrap_or(false),
+            "defaultexport" => server.default_export = default_export(at, reader),
             "workers" => server.workers = workers(at, reader),
             "imageroots" => server.image_roots = image_roots(at, reader),
             "locktimeout" => server.lock_timeout = lock_timeout(at, reader),
@@ -365,6 +369,17 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
         reader.problems.push(problem.at(line).group(&group.name));
     }
     server
+}
+
+/// The name of an export. Whether there is one may change with every reload.
+fn default_export(at: At<'_>, reader: &mut Reader<'_>) -> Option<String> {
+    let name = reader.string(at)?;
+    if name.is_empty() || name.len() > MAX_NAME_BYTES {
+        let what = format!("the name of an export has 1 to {MAX_NAME_BYTES} bytes, not {}", name.len());
+        reader.key(Severity::Error, at, &what, "write the name of an export, or remove the key");
+        return None;
+    }
+    Some(name)
 }
 
 /// The name of a user or group. Whether it exists is for the daemon to find out.

@@ -27,6 +27,8 @@ pub struct Registry {
 struct Table {
     generation: u64,
     exports: BTreeMap<String, Entry>,
+    /// Whose export the empty name stands for.
+    default: Option<String>,
 }
 
 /// An export of the configuration.
@@ -110,9 +112,16 @@ impl Registry {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The export of this name, if it is served now.
+    /// Which export clients get that name none; it need not be there.
+    pub fn set_default(&self, name: Option<String>) {
+        self.table.write().unwrap_or_else(PoisonError::into_inner).default = name;
+    }
+
+    /// The export of this name, if it is served now. The empty name stands for the default export.
     pub fn get(&self, name: &str) -> Option<Arc<Export>> {
-        self.table().exports.get(name).map(|entry| Arc::clone(&entry.export))
+        let table = self.table();
+        let name = if name.is_empty() { table.default.as_deref()? } else { name };
+        table.exports.get(name).map(|entry| Arc::clone(&entry.export))
     }
 
     /// The same with its place in the configuration.

@@ -84,6 +84,7 @@ features() { # size
     equal "the cache" "$(cat $queue/write_cache)" "write back"
     equal "FUA" "$(cat $queue/fua)" 1
     [ "$(cat $queue/discard_max_bytes)" -gt 0 ] || fail "the device cannot discard"
+    [ "$(cat $queue/write_zeroes_max_bytes)" -gt 0 ] || fail "the device cannot write zeroes"
 }
 
 # A file system's whole life, with a reload in the middle of a load.

@@ -47,6 +47,19 @@ fn a_complete_configuration() {
 }
 
 #[test]
+fn a_default_export_is_named() {
+    let named = |value: &str| {
+        let parsed = base(&format!("[generic]\ndefaultexport = {value}\n"));
+        (parsed.server.and_then(|s| s.default_export), parsed.problems.len())
+    };
+    assert_eq!(named("a disk"), (Some("a disk".into()), 0));
+    assert_eq!(named(""), (None, 1));
+    assert_eq!(named(&"x".repeat(MAX_NAME_BYTES)).1, 0);
+    assert_eq!(named(&"x".repeat(MAX_NAME_BYTES + 1)), (None, 1));
+    assert_eq!(base("[generic]\n").server.unwrap().default_export, None);
+}
+
+#[test]
 fn how_the_image_is_used() {
     let parsed = included(
         "[a]\nexportname=/a.qcow2\ncompress = zstd\ndetectzeroes = unmap\nl2cache = 16M\n\

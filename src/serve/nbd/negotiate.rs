@@ -191,7 +191,7 @@ fn list(context: &Context) -> Vec<Listed> {
 async fn describe(context: &Context, peer: Peer, name: String) -> Result<ExportInfo, Refusal> {
     let export = find(context, &name).await?;
     let geometry = export.describe(peer).await.map_err(|e| refused(&e))?;
-    Ok(info(name, export.config(), geometry))
+    Ok(info(export.config(), geometry))
 }
 
 /// Takes hold of the export.
@@ -210,13 +210,13 @@ async fn open(
         }
     };
     let client = held.insert(attached.map_err(|e| refused(&e))?);
-    Ok(info(name, client.export().config(), client.device().geometry()))
+    Ok(info(client.export().config(), client.device().geometry()))
 }
 
-fn info(name: String, config: &ExportConfig, geometry: Geometry) -> ExportInfo {
+fn info(config: &ExportConfig, geometry: Geometry) -> ExportInfo {
     ExportInfo {
         flags: offer(config, geometry.read_only),
-        name,
+        name: config.name.clone(),
         description: config.description.clone(),
         size: geometry.size,
         min_block: geometry.min_block,
