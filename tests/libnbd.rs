@@ -59,6 +59,11 @@ fn nbdinfo_answers_in_every_mode() {
         for can in "connect read cache df fast-zero flush fua multi-conn trim write zero structured-reply".split(' ') {
             assert_eq!(status(&["--can", can, &disk]), Some(0), "{libnbd:?} --can {can}");
         }
+        if libnbd == Libnbd::Newer {
+            assert_eq!(status(&["--can", "extended-headers", &disk]), Some(0));
+            // only with contexts, which this does not ask for
+            assert_eq!(status(&["--can", "block-status-payload", &disk]), Some(2));
+        }
         let raw = daemon.tcp("raw");
         for can in ["fast-zero", "trim", "write", "zero"] {
             assert_eq!(status(&["--can", can, &raw]), Some(2), "{libnbd:?} --can {can} of a read-only export");
@@ -167,8 +172,8 @@ fn nbdcopy_copies_between_exports_and_through_pipes() {
 fn nbdsh_negotiates_step_by_step_and_keeps_requests_in_flight() {
     let setup = Setup::new();
     let image = setup.image("disk.qcow2", "", "96M");
-    setup.export("disk", &image, "");
-    setup.export("other", &image, "readonly = true");
+    setup.export("disk", &image, "description = of a disk");
+    setup.export("other", &image, "readonly = true\ndescription = the same\\nread-only");
     let daemon = setup.start();
     for libnbd in Libnbd::BOTH {
         let sock = format!("path = {:?}", word(&daemon.socket()));
@@ -186,12 +191,13 @@ h.set_full_info(True)
 h.connect_unix(path)
 assert h.get_protocol() == 'newstyle-fixed' and h.get_structured_replies_negotiated()
 names = []
-assert h.opt_list(lambda name, description: names.append(name) or 0) == 2
-assert names == ['disk', 'other'], names
+assert h.opt_list(lambda name, description: names.append((name, description)) or 0) == 2
+assert names == [('disk', 'of a disk'), ('other', 'the same\nread-only')], names
 for name, readonly in (('other', True), ('disk', False)):
     h.set_export_name(name)
     h.opt_info()
     assert h.get_size() == 96 << 20 and h.is_read_only() == readonly
+    assert (name, h.get_export_description()) in names
     assert h.get_canonical_export_name() == name
     assert h.get_block_size(nbd.SIZE_MAXIMUM) == 32 << 20
 h.set_export_name('missing')
@@ -203,12 +209,19 @@ except nbd.Error as e:
 h.set_export_name('disk')
 contexts = []
 h.add_meta_context('base:')
+h.add_meta_context('qemu:')
 h.opt_list_meta_context(lambda name: contexts.append(name) or 0)
-assert contexts == ['base:allocation'], contexts
+assert contexts == ['base:allocation', 'qemu:allocation-depth'], contexts
 h.clear_meta_contexts()
 h.add_meta_context('base:allocation')
+h.add_meta_context('qemu:allocation-depth')
 h.add_meta_context('none:such')
 h.opt_go()
+if hasattr(h, 'get_extended_headers_negotiated'):
+    assert h.get_extended_headers_negotiated() and h.can_block_status_payload()
+    told = []
+    h.block_status_filter(96 << 20, 0, ['qemu:allocation-depth'], lambda context, at, entries, error: told.append(context) or 0)
+    assert told == ['qemu:allocation-depth'], told
 assert h.can_meta_context('base:allocation') and not h.can_meta_context('none:such')
 h.pwrite(b'abc', 4095)
 assert h.pread(5, 4094) == b'\0abc\0'
