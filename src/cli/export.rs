@@ -244,7 +244,11 @@ fn description(export: &ExportStatus) -> String {
 }
 
 fn client_line(client: &ClientStatus) -> String {
-    let ClientStatus { peer, since, in_flight, counters } = client;
+    let ClientStatus { peer, since, tls, in_flight, counters } = client;
     let (read, written) = (human_size(counters.read.bytes), human_size(counters.write.bytes));
-    format!("{peer} since {since}, {read} read, {written} written, {in_flight} in flight")
+    let secured = tls.as_ref().map_or(String::new(), |tls| {
+        let subject = tls.subject.as_ref().map_or(String::new(), |subject| format!(" {subject}"));
+        format!(", {} {}{subject}", tls.version, tls.cipher)
+    });
+    format!("{peer} since {since}, {read} read, {written} written, {in_flight} in flight{secured}")
 }

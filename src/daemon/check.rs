@@ -9,6 +9,7 @@ use super::privileges::{self, Identity};
 use crate::export::config::{Listen, ServerConfig};
 use crate::export::load::{Loaded, load};
 use crate::export::problem::{Problem, Severity};
+use crate::export::tls;
 use std::io;
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::os::unix::fs::FileTypeExt;
@@ -55,7 +56,8 @@ pub fn check(path: &Path) -> Checked {
         let what = "this file is being written all the time, so nothing of it would take effect";
         problems.push(Problem::in_file(Severity::Error, unstable, what, "check again when it is complete"));
     }
-    let of_machine = loaded.server.as_ref().map_or(Vec::new(), |server| settings(server, &file));
+    let mut of_machine = loaded.server.as_ref().map_or(Vec::new(), |server| settings(server, &file));
+    of_machine.extend(loaded.server.as_ref().map_or(Vec::new(), |server| tls::load(server, &file).problems));
     let starts = loaded.server.is_some() && of_machine.iter().all(|p| p.severity == Severity::Warning);
     let exports = if starts { loaded.exports.len() } else { 0 };
     problems.extend(of_machine);

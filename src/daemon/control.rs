@@ -8,6 +8,7 @@ use crate::export::config::ServerConfig;
 use crate::export::control::{Applied, Outcome, Request};
 use crate::export::limit_keys::LiveLimits;
 use crate::export::registry::Registry;
+use crate::export::tls;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,13 +31,15 @@ pub struct Live {
     pub list_allowed: Arc<AtomicBool>,
     /// Follow the keys of limits.
     pub limits: Arc<LiveLimits>,
+    /// Follows the keys of TLS and the files they name.
+    pub tls: Arc<tls::Current>,
 }
 
 impl Live {
     /// The settings of a start.
     pub fn new(server: &ServerConfig) -> Live {
         let list_allowed = Arc::new(AtomicBool::new(server.list_allowed));
-        Live { list_allowed, limits: Arc::new(LiveLimits::new(server.limits.clone())) }
+        Live { list_allowed, limits: Arc::new(LiveLimits::new(server.limits.clone())), tls: Arc::default() }
     }
 }
 
@@ -143,6 +146,10 @@ impl Control {
     }
 
     fn apply(&mut self, pass: Pass) {
+        // first: an export that wants TLS must not be there a moment without
+        if let Some(offer) = pass.tls {
+            self.live.tls.set(offer);
+        }
         self.registry.apply(&pass.plan, self.reload.generation());
         if let Some(server) = pass.server {
             self.live.list_allowed.store(server.list_allowed, Ordering::Relaxed);

@@ -18,6 +18,7 @@ mod signals;
 use crate::export::config::{ControlSocket, DEFAULT_CONTROL_SOCKET, Listen, ServerConfig};
 use crate::export::control::{self as requests, Request};
 use crate::export::registry::Registry;
+use crate::export::tls_keys::TlsMode;
 use crate::ring::Workers;
 use crate::ring::unix_listener::UnixBindError;
 use crate::serve::control as control_api;
@@ -150,9 +151,9 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let (handle, requests) = requests::channel();
     let state =
         control_api::State::new(Arc::clone(&registry), handle.clone(), workers.clone(), opened.listening.clone());
-    let Live { list_allowed, limits } = live;
+    let Live { list_allowed, limits, tls } = live;
     let budget = Budget::new(server.limits.max_memory.unwrap_or_else(budget::default_memory));
-    let context = Arc::new(Context { registry, control: handle, list_allowed, limits, budget });
+    let context = Arc::new(Context { registry, control: handle, list_allowed, limits, budget, tls });
     // its answers are given by this thread, between everything else that it does
     let api = opened.control.take().map(|socket| tokio::spawn(socket.serve(Arc::clone(&state))));
     let Listening { tcp, unix } = &opened.listening;
@@ -206,6 +207,11 @@ impl Opened {
         identity.assume()?;
         if let Err(e) = File::open(&options.config) {
             warn!("this user cannot read {}: {e}; a reload will change nothing", options.config.display());
+        }
+        if let Some(key) = server.tls.key.as_ref().filter(|_| server.tls.mode > TlsMode::Off)
+            && let Err(e) = File::open(key)
+        {
+            warn!("this user cannot read {}: {e}; a new key or certificate will need a restart", key.display());
         }
         Ok(())
     }

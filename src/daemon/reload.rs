@@ -10,6 +10,7 @@ use crate::export::control::Outcome;
 use crate::export::load::{self, Loaded, Loader, Stamps};
 use crate::export::plan::{Plan, Scope, plan};
 use crate::export::problem::{Problem, Severity};
+use crate::export::tls::{self, Offer};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub struct Reload {
     /// The settings the daemon was started with; only a restart changes them.
     started_with: ServerConfig,
     applied: Vec<Arc<ExportConfig>>,
+    /// TLS as offered.
+    offer: Arc<Offer>,
     /// `includedir`, as configured now.
     include_dir: Option<PathBuf>,
     /// Files of the last pass that had just changed.
@@ -60,6 +63,8 @@ pub struct Pass {
     pub again: Option<Duration>,
     /// The settings as configured now, of which some apply without a restart; `None`: not known, as before.
     pub server: Option<ServerConfig>,
+    /// TLS to be offered from now on; `None`: as before.
+    pub tls: Option<Arc<Offer>>,
 }
 
 impl Reload {
@@ -68,8 +73,13 @@ impl Reload {
     /// `Err`, with a message for people: the base file cannot be relied on.
     pub fn start(base: &Path) -> Result<(Reload, ServerConfig, Pass), String> {
         let mut loader = Loader::new(base);
-        let loaded = loader.load();
-        let Some(server) = loaded.server.clone() else {
+        let mut loaded = loader.load();
+        let found = loaded.server.as_ref().map(|server| tls::load(server, loader.path()));
+        let offer = found.and_then(|found| {
+            loaded.problems.extend(found.problems);
+            found.offer
+        });
+        let (Some(server), Some(offer)) = (loaded.server.clone(), offer) else {
             let errors = loaded.problems.iter().filter(|p| p.severity == Severity::Error);
             let lines: Vec<String> = errors.map(|p| format!("\n  {p}")).collect();
             return Err(format!("cannot start with this configuration:{}", lines.concat()));
@@ -78,6 +88,7 @@ impl Reload {
             loader,
             started_with: server.clone(),
             applied: Vec::new(),
+            offer: Arc::clone(&offer),
             include_dir: None,
             recent: Stamps::new(),
             unsettled: false,
@@ -90,7 +101,7 @@ impl Reload {
             status: String::new(),
             concluded: false,
         };
-        let pass = reload.take(loaded);
+        let pass = Pass { tls: Some(offer), ..reload.take(loaded) };
         // the start itself says so
         reload.concluded = false;
         Ok((reload, server, pass))
@@ -136,7 +147,7 @@ impl Reload {
         if !self.unsettled && load::unchanged(&self.recent) {
             self.passes += 1;
             let plan = Plan::default();
-            return Pass { plan, again: self.next_pause(), server: None };
+            return Pass { plan, again: self.next_pause(), server: None, tls: None };
         }
         self.pass()
     }
@@ -149,15 +160,48 @@ impl Reload {
 
     fn take(&mut self, mut loaded: Loaded) -> Pass {
         self.passes += 1;
+        self.unsettled = !loaded.unstable.is_empty();
+        let tls = self.certificates(&mut loaded);
         let mut plan = plan(&self.applied, &loaded, &Scope::All);
         self.applied = std::mem::take(&mut plan.applied);
-        self.unsettled = !loaded.unstable.is_empty();
         self.recent = std::mem::take(&mut loaded.recent);
         let again = self.next_pause();
         self.note_settings(&loaded);
         self.note(&loaded, &plan);
         self.say(&loaded, &plan, again.is_none() || !self.unsettled);
-        Pass { plan, again, server: loaded.server }
+        Pass { plan, again, server: loaded.server, tls }
+    }
+
+    /// Reads certificates and keys if they or what the configuration says of them have changed. Bad ones change nothing.
+    fn certificates(&mut self, loaded: &mut Loaded) -> Option<Arc<Offer>> {
+        let server = loaded.server.as_ref()?;
+        if self.offer.is_still(&server.tls) {
+            loaded.recent.extend(self.offer.recent());
+            return None;
+        }
+        let found = tls::load(server, self.loader.path());
+        loaded.recent.extend(found.recent);
+        match found.offer {
+            Some(offer) => {
+                loaded.problems.extend(found.problems);
+                info!("configuration {}: TLS from now on: {}", self.outcome.generation, offer.describe());
+                self.offer = Arc::clone(&offer);
+                Some(offer)
+            }
+            // a certificate and its key are two files: who replaces them is not done yet
+            None if found.unsettled && self.passes < MAX_PASSES => {
+                self.unsettled = true;
+                None
+            }
+            None => {
+                let until = |p: Problem| match p.severity {
+                    Severity::Warning => p,
+                    _ => Problem { remedy: format!("{}; until then TLS stays as it was", p.remedy), ..p },
+                };
+                loaded.problems.extend(found.problems.into_iter().map(until));
+                None
+            }
+        }
     }
 
     /// Reads what has changed and takes over only exports of new names: a client has asked for one. A series of passes

@@ -11,6 +11,7 @@ use crate::export::keyfile::{self, Group, KeyFile};
 use crate::export::limit_keys::{LimitKeys, ServerLimits};
 use crate::export::problem::{Problem, Severity, printable};
 use crate::export::reader::{At, Reader};
+use crate::export::tls_keys::{self, ExportTls, TlsKeys};
 pub use crate::image::Format;
 use std::fmt;
 use std::net::IpAddr;
@@ -67,6 +68,8 @@ pub struct ExportConfig {
     pub client: ClientKeys,
     /// What its clients may take. A change does not retire the export.
     pub limits: LimitKeys,
+    /// Who must use TLS, and who may.
+    pub tls: ExportTls,
     /// Where it is defined.
     pub source: Source,
 }
@@ -88,6 +91,7 @@ impl ExportConfig {
             image: ImageKeys::default(),
             client: ClientKeys::default(),
             limits: LimitKeys::default(),
+            tls: ExportTls::default(),
             source,
         }
     }
@@ -113,13 +117,14 @@ impl ExportConfig {
             image,
             client,
             limits: _,
+            tls,
             source: _,
         } = self;
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
             && (flush, fua, trim) == (&other.flush, &other.fua, &other.trim)
             && (rotational, max_connections) == (&other.rotational, &other.max_connections)
             && description == &other.description
-            && (image, client) == (&other.image, &other.client)
+            && (image, client, tls) == (&other.image, &other.client, &other.tls)
     }
 }
 
@@ -176,6 +181,8 @@ pub struct ServerConfig {
     pub lock_timeout: Option<Duration>,
     /// What clients may take.
     pub limits: ServerLimits,
+    /// TLS.
+    pub tls: TlsKeys,
     /// Directory with further files of exports.
     pub include_dir: Option<PathBuf>,
     /// Where the control API listens.
@@ -199,6 +206,7 @@ impl Default for ServerConfig {
             image_roots: None,
             lock_timeout: None,
             limits: ServerLimits::default(),
+            tls: TlsKeys::default(),
             include_dir: None,
             control_socket: ControlSocket::Default,
             user: None,
@@ -317,6 +325,7 @@ fn base_settings(parsed: &KeyFile, reader: &mut Reader<'_>, grammar_holds: bool)
 
 fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
     let mut server = ServerConfig::default();
+    let mut tls = tls_keys::Draft::default();
     for entry in group.effective() {
         let at = At { group, entry };
         match entry.key.as_str() {
@@ -337,20 +346,6 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
                     reader.key(Severity::Error, at, what, "remove the key; clients ask for an export by its name");
                 }
             }
-            "force_tls" | "tlsonly" => {
-                if reader.boolean(at) == Some(true) {
-                    let what = "TLS is not supported yet, and serving without it is not what this asks for";
-                    reader.key(
-                        Severity::Error,
-                        at,
-                        what,
-                        "remove the key and tunnel connections if they leave the host",
-                    );
-                }
-            }
-            "certfile" | "keyfile" | "cacertfile" | "tlsprio" => {
-                reader.ignored_string(at, "TLS is not supported yet, so this key is ignored");
-            }
             "user" => server.user = account(at, reader),
             "group" => server.group = account(at, reader),
             "max_threads" => {
@@ -359,9 +354,11 @@ fn generic(group: &Group, reader: &mut Reader<'_>) -> ServerConfig {
                 }
             }
             _ if server.limits.read(at, reader) => {}
+            _ if tls.read(at, reader) => {}
             _ => reader.unknown(at),
         }
     }
+    server.tls = tls.finish(reader);
     if server.dual_listen && server.unix_socket.is_none() {
         let line = group.effective().find(|e| e.key == "duallisten").map_or(group.line, |e| e.line);
         let what = "duallisten means nothing without unixsock";
@@ -483,6 +480,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     let mut format = None;
     let mut exportname = None;
     let mut client = client_keys::Draft::default();
+    let mut tls = tls_keys::ExportDraft::default();
     for entry in group.effective() {
         let at = At { group, entry };
         match entry.key.as_str() {
@@ -495,7 +493,8 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "rotational" => config.rotational = reader.boolean(at).unwrap_or(false),
             "description" => config.description = description(at, reader),
             "maxconnections" => config.max_connections = max_connections(at, reader),
-            _ if config.image.read(at, reader) || client.read(at, reader) || config.limits.read(at, reader) => {}
+            _ if config.image.read(at, reader) || client.read(at, reader) => {}
+            _ if config.limits.read(at, reader) || tls.read(at, reader) => {}
             _ => unsupported(at, reader),
         }
     }
@@ -513,6 +512,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     let key = |key: &str| group.effective().find(|e| e.key == key).map(|entry| At { group, entry });
     config.image.check(config.format, key, reader);
     config.client = client.finish(&config.path, config.format, config.read_only, reader);
+    config.tls = tls.finish(reader);
     // a snapshot is never written
     config.read_only |= config.image.snapshot.is_some() && config.client.copy_on_write.is_none();
     let usable = reader.problems[before..].iter().all(|p| p.severity == Severity::Warning);
@@ -571,8 +571,6 @@ fn unsupported(at: At<'_>, reader: &mut Reader<'_>) {
         "temporary" => reader.refuse_if_true(at, "temporary files are not supported yet"),
         "treefiles" => reader.refuse_if_true(at, "trees of block files are not supported yet"),
         "waitfile" => reader.refuse_if_true(at, "waiting for the file is not supported yet"),
-        // who may connect
-        "force_tls" | "tlsonly" => reader.refuse_if_true(at, "TLS is not supported yet"),
         "virtstyle" => check_virtstyle(at, reader),
         // the rest changes neither
         "splice" | "sdp" => reader.ignored_boolean(at, "this key is ignored"),

@@ -7,6 +7,7 @@
 
 use crate::export::config::{self, ExportConfig, Parsed, Role, ServerConfig};
 use crate::export::problem::{Problem, Severity};
+use crate::export::tls_keys;
 use crate::export::watch::Watch;
 use nix::fcntl::AtFlags;
 use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
@@ -133,6 +134,11 @@ impl Loader {
     pub fn new(path: &Path) -> Loader {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Loader { path, base: None, included: Vec::new(), watch: None }
+    }
+
+    /// The base file.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Reads the base file and what it includes.
@@ -406,6 +412,16 @@ fn assemble<'a>(pieces: impl Iterator<Item = &'a Found>) -> Loaded {
     let contested = &loaded.contested;
     if !contested.is_empty() {
         loaded.exports.retain(|e| !contested.contains(&e.name));
+    }
+    if let Some(server) = &loaded.server {
+        // every time, not only when their file was read: the base file may have changed
+        loaded.exports.retain(|e| match e.tls.conflict(&server.tls) {
+            None => true,
+            Some(conflict) => {
+                loaded.problems.push(tls_keys::refused(&e.source.file, e.source.line, &e.name, conflict));
+                false
+            }
+        });
     }
     loaded.exports.sort_by(|a, b| a.name.cmp(&b.name));
     loaded

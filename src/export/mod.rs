@@ -21,6 +21,8 @@ pub mod service;
 pub mod status;
 mod storage;
 pub mod store;
+pub mod tls;
+pub mod tls_keys;
 pub mod usage;
 mod watch;
 mod write;

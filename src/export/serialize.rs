@@ -9,6 +9,7 @@ use crate::export::config::{self, ExportConfig, Role};
 use crate::export::image_keys::{DetectZeroes, ImageKeys};
 use crate::export::limit_keys::LimitKeys;
 use crate::export::problem::{Problem, Severity, printable};
+use crate::export::tls_keys::{ExportTls, Subject, TlsMode};
 use crate::qcow2::compress::Compression;
 use std::fmt::Write;
 use std::path::Path;
@@ -77,6 +78,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot, lock_timeout },
         client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
         limits: LimitKeys { bandwidth, iops, idle_timeout },
+        tls: ExportTls { mode, allow },
         source: _,
     } = config;
     let mut group = Lines::new(name);
@@ -143,6 +145,14 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     }
     if let Some(time) = idle_timeout {
         group.line("idletimeout", time.as_secs_f64());
+    }
+    match mode {
+        TlsMode::Off => group.line("tls", "off"),
+        TlsMode::On => {}
+        TlsMode::Required => group.line("tls", "required"),
+    }
+    if !allow.is_empty() {
+        group.text("tlsallow", &allow.iter().map(Subject::text).collect::<Vec<_>>().join("; "));
     }
     Ok(group.text)
 }
@@ -297,6 +307,10 @@ mod tests {
                 iops: Some(500),
                 idle_timeout: Some(Duration::from_millis(1500)),
             },
+            tls: ExportTls {
+                mode: TlsMode::Required,
+                allow: vec![Subject::Name("backup 1".into()), Subject::Distinguished(r"CN=a\,b,O=c".into())],
+            },
             ..export("disk 1", "/srv/50%.qcow2 ")
         };
         let lines = [
@@ -324,6 +338,8 @@ mod tests {
             "bandwidthlimit = 1048576",
             "iopslimit = 500",
             "idletimeout = 1.5",
+            "tls = required",
+            r"tlsallow = backup 1; CN=a\\,b,O=c",
             "",
         ];
         assert_eq!(serialize(&config).expect("text"), lines.join("\n"));

@@ -9,7 +9,7 @@ use super::hooks::{self, Hook, HookError};
 use super::limiter::Limiter;
 use super::registry::Shared;
 use super::storage::Storage;
-use super::usage::{Connection, Totals};
+use super::usage::{Connection, Guest, Totals};
 use super::{locked, write};
 use crate::block::{BlockDev, Completion, Errno, Geometry, NamedContext, Op, Request};
 use crate::image::{self, Device, FileId, Gate, Image};
@@ -248,10 +248,10 @@ impl Export {
     /// time in between, and says whether the client is still to be served.
     pub async fn attach(
         self: &Arc<Self>,
-        peer: Peer,
+        guest: impl Into<Guest>,
         pause: impl AsyncFnMut(Duration) -> bool,
     ) -> Result<Client, AttachError> {
-        let attached = self.let_in(peer, pause).await;
+        let attached = self.let_in(guest.into(), pause).await;
         match &attached {
             Ok(_) => *locked(&self.failure) = None,
             Err(refused @ AttachError::Denied { .. }) => warn!("{refused}"),
@@ -266,11 +266,12 @@ impl Export {
 
     async fn let_in(
         self: &Arc<Self>,
-        peer: Peer,
+        guest: Guest,
         mut pause: impl AsyncFnMut(Duration) -> bool,
     ) -> Result<Client, AttachError> {
+        let peer = guest.peer;
         self.admit(peer)?;
-        let seat = self.seat(peer)?;
+        let seat = self.seat(guest)?;
         self.prerun(peer).await?;
         let start = Instant::now();
         let patience = self.config.image.lock_timeout.unwrap_or(self.shared.lock_timeout);
@@ -376,7 +377,7 @@ impl Export {
         Ok(Hook { command, variables: variables.into() })
     }
 
-    fn seat(self: &Arc<Self>, peer: Peer) -> Result<Seat, AttachError> {
+    fn seat(self: &Arc<Self>, guest: Guest) -> Result<Seat, AttachError> {
         // counted first: the list's lock comes after the clients'
         let elsewhere =
             self.config.max_connections.map_or(0, |_| self.shared.clients_of_former(&self.config.name, self));
@@ -389,7 +390,7 @@ impl Export {
                 Err(AttachError::Full { name: self.config.name.clone(), limit })
             }
             _ => {
-                let connection = Arc::new(Connection::new(peer));
+                let connection = Arc::new(Connection::new(guest.peer).with_tls(guest.tls));
                 clients.connected.push(Arc::clone(&connection));
                 Ok(Seat { export: Arc::clone(self), connection })
             }

@@ -7,6 +7,7 @@ use crate::export::config::ExportConfig;
 use crate::export::registry::Registry;
 use crate::export::service::Export;
 use crate::export::storage::existing_paths;
+use crate::export::tls::Encrypted;
 use crate::export::usage::{Connection, Count, Totals};
 use crate::image::device::{exported_size, total};
 use crate::image::open::ChainLayer;
@@ -127,11 +128,36 @@ pub struct ClientStatus {
     pub peer: String,
     /// When it took hold of the export (RFC 3339).
     pub since: String,
+    /// How its connection is encrypted; missing when it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsStatus>,
     /// Requests that wait for their answer.
     pub in_flight: u64,
     /// What it did so far.
     #[serde(flatten)]
     pub counters: Counters,
+}
+
+/// How a client's connection is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TlsStatus {
+    /// The version of TLS, such as `TLSv1.3`.
+    pub version: String,
+    /// The cipher suite by its registered name.
+    pub cipher: String,
+    /// The distinguished name (RFC 4514) in the client's certificate; missing when it has shown none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+}
+
+impl From<&Encrypted> for TlsStatus {
+    fn from(tls: &Encrypted) -> TlsStatus {
+        TlsStatus {
+            version: tls.version.to_owned(),
+            cipher: tls.cipher.clone(),
+            subject: tls.identity.as_ref().map(|identity| identity.subject.clone()),
+        }
+    }
 }
 
 /// Requests and bytes by kind.
@@ -171,6 +197,7 @@ impl From<&Connection> for ClientStatus {
         ClientStatus {
             peer: client.peer.to_string(),
             since: rfc3339(client.since),
+            tls: client.tls.as_deref().map(TlsStatus::from),
             in_flight: client.in_flight(),
             counters: client.totals().into(),
         }

@@ -4,9 +4,11 @@
 //! its worker, so that counting costs a plain load and store; readers see each number whole, but not all of one moment.
 
 use super::limiter::Flow;
+use super::tls::Encrypted;
 use crate::ring::Peer;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
@@ -86,6 +88,21 @@ impl Totals {
     }
 }
 
+/// Who asks for an export.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// The other end.
+    pub peer: Peer,
+    /// How it is encrypted, if it is.
+    pub tls: Option<Arc<Encrypted>>,
+}
+
+impl From<Peer> for Guest {
+    fn from(peer: Peer) -> Guest {
+        Guest { peer, tls: None }
+    }
+}
+
 /// One client of an export.
 #[derive(Debug)]
 pub struct Connection {
@@ -95,6 +112,8 @@ pub struct Connection {
     pub since: SystemTime,
     /// Its share of what the export's limits allow.
     pub flow: Flow,
+    /// How it is encrypted, if it is.
+    pub tls: Option<Arc<Encrypted>>,
     requests: [AtomicU64; KINDS],
     bytes: [AtomicU64; KINDS],
     errors: AtomicU64,
@@ -110,6 +129,7 @@ impl Connection {
             peer,
             since: SystemTime::UNIX_EPOCH + now(),
             flow: Flow::default(),
+            tls: None,
             requests: Default::default(),
             bytes: Default::default(),
             errors: AtomicU64::new(0),
@@ -117,6 +137,12 @@ impl Connection {
             last_io_ms: AtomicU64::new(0),
             kick: Notify::new(),
         }
+    }
+
+    /// The same, encrypted.
+    pub(super) fn with_tls(mut self, tls: Option<Arc<Encrypted>>) -> Connection {
+        self.tls = tls;
+        self
     }
 
     /// A request has come. Each is followed by one [`Connection::end`]. For the client's worker only.

@@ -636,7 +636,10 @@ impl Handshake {
             Refusal::Unknown(why) => self.error(option, NBD_REP_ERR_UNKNOWN, why),
             Refusal::Policy(why) => self.error(option, NBD_REP_ERR_POLICY, why),
             // The specification knows this answer to requests to see or use an export, and when nothing goes without.
-            Refusal::TlsRequired if self.tls == Tls::Required || matches!(option, NBD_OPT_INFO | NBD_OPT_GO) => {
+            Refusal::TlsRequired
+                if self.tls == Tls::Required
+                    || (self.tls == Tls::Offered && matches!(option, NBD_OPT_INFO | NBD_OPT_GO)) =>
+            {
                 self.error(option, NBD_REP_ERR_TLS_REQD, "this needs TLS");
             }
             Refusal::TlsRequired => self.error(option, NBD_REP_ERR_POLICY, "this export needs TLS"),

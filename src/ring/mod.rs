@@ -5,7 +5,8 @@
 //!
 //! - [`mod@file`]: reads, writes, syncs and hole punching on files and block devices
 //! - [`mem`]: the test double of a file: holds, delays, fails, crashes on a seed
-//! - [`socket`]: connected TCP and Unix sockets; [`unix_listener`]: listening ones with their files
+//! - [`socket`]: connected TCP and Unix sockets; [`unix_listener`]: listening ones with their files; [`tls`]: encrypted
+//!   ones
 //! - [`worker`]: the threads that carry connections, and how one is chosen
 //! - [`runtime`]: the runtime of one thread: [`run`], [`spawn`], [`yield_now`]
 
@@ -16,6 +17,7 @@ mod pace;
 mod real;
 pub mod runtime;
 pub mod socket;
+pub mod tls;
 pub mod unix_listener;
 pub mod worker;
 

@@ -2,10 +2,13 @@
 //!
 //! Not through the ring: a socket is tried first and, when it is not ready, waited for with epoll, which costs less than
 //! io_uring for the few connections a worker has. The control thread accepts and sends a [`StdStream`] to the worker.
+//!
+//! A stream may be encrypted midway ([`Stream::start_tls`]); who reads and writes it sees no difference.
 
+use super::tls::{Acceptor, Handshake, Secured, Session};
 use futures_util::FutureExt;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::{self, Shutdown};
@@ -64,6 +67,15 @@ pub struct Stream {
     /// A second descriptor of the same socket, watched for writing from the first write that has to wait on.
     writing: OnceCell<AsyncFd<OwnedFd>>,
     peer: Peer,
+    tls: OnceCell<Box<Tls>>,
+}
+
+/// TLS on top of the socket.
+#[derive(Debug)]
+struct Tls {
+    session: RefCell<Session>,
+    /// Once the handshake is over.
+    secured: OnceCell<Secured>,
 }
 
 /// The other end of a connection.
@@ -112,7 +124,7 @@ impl Stream {
                 s.into()
             }
         };
-        Ok(Stream { reading: watch(fd, Interest::READABLE)?, writing: OnceCell::new(), peer })
+        Ok(Stream { reading: watch(fd, Interest::READABLE)?, writing: OnceCell::new(), peer, tls: OnceCell::new() })
     }
 
     /// The other end.
@@ -120,8 +132,45 @@ impl Stream {
         self.peer
     }
 
+    /// Encrypts the connection from here on: [`Stream::try_handshake`] is next, before anything is read or written.
+    pub fn start_tls(&self, acceptor: &Acceptor) -> io::Result<()> {
+        let session = RefCell::new(Session::new(acceptor)?);
+        let tls = Box::new(Tls { session, secured: OnceCell::new() });
+        self.tls.set(tls).map_err(|_| io::Error::other("TLS was started already"))
+    }
+
+    /// Goes on with the TLS handshake as far as the socket allows; says what to wait for.
+    pub fn try_handshake(&self) -> io::Result<Handshake> {
+        let Some(tls) = self.tls.get() else { return Err(io::Error::other("TLS was not started")) };
+        let mut session = tls.session.borrow_mut();
+        let progress = session.handshake(|buf| self.recv(buf), |bytes| self.send(&[IoSlice::new(bytes)]))?;
+        if progress == Handshake::Done {
+            // nothing of it changes later
+            let _ = tls.secured.set(session.secured());
+        }
+        Ok(progress)
+    }
+
+    /// How the connection is encrypted, once it is.
+    pub fn secured(&self) -> Option<&Secured> {
+        self.tls.get()?.secured.get()
+    }
+
     /// Reads what is there; 0 is the end of the stream. Errors: WouldBlock when nothing is, then [`Stream::readable`].
     pub fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.tls.get() {
+            None => self.recv(buf),
+            Some(tls) => tls.session.borrow_mut().read(|buf| self.recv(buf), buf),
+        }
+    }
+
+    /// Takes bytes off the socket that nobody will look at, whatever they are; 0 is the end of the stream. Errors: as
+    /// [`Stream::try_read`].
+    pub fn try_forget(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.recv(buf)
+    }
+
+    fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         let want = buf.len();
         let count = self
             .reading
@@ -137,6 +186,9 @@ impl Stream {
     /// Returns at once while data is there: a task that loops on this and [`Stream::try_read`] under a steady stream
     /// never rests, so it calls [`super::yield_now`] between requests.
     pub async fn readable(&self) -> io::Result<()> {
+        if self.tls.get().is_some_and(|tls| tls.session.borrow().is_ready()) {
+            return Ok(());
+        }
         self.reading.readable().await?.retain_ready();
         Ok(())
     }
@@ -154,8 +206,16 @@ impl Stream {
         }
     }
 
-    /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`].
+    /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`], and
+    /// what is written next begins with the same bytes.
     pub fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self.tls.get() {
+            None => self.send(bufs),
+            Some(tls) => tls.session.borrow_mut().write(|bytes| self.send(&[IoSlice::new(bytes)]), bufs),
+        }
+    }
+
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         // MSG_NOSIGNAL: a peer that has gone is an error here, not a SIGPIPE
         let send = || retry(|| Ok(sendmsg::<()>(self.reading.as_raw_fd(), bufs, &[], MsgFlags::MSG_NOSIGNAL, None)?));
         let Some(writing) = self.writing.get() else { return send() };
@@ -181,9 +241,13 @@ impl Stream {
     }
 
     /// Ends one or both directions now, also for tasks that wait on this stream. A socket already closed by the peer
-    /// counts as ended.
+    /// counts as ended. With TLS the other end is told that nothing more comes, if the socket takes that at once.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         use nix::sys::socket::{Shutdown as How, shutdown};
+        if let (Some(tls), Shutdown::Write | Shutdown::Both) = (self.tls.get(), how) {
+            // a courtesy: there may be nobody who hears it
+            let _ = tls.session.borrow_mut().close(|bytes| self.send(&[IoSlice::new(bytes)]));
+        }
         let how = match how {
             Shutdown::Read => How::Read,
             Shutdown::Write => How::Write,

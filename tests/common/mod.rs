@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: the real daemon, and QEMU's tools as judges.
 #![allow(dead_code)] // each test program uses its own part of this
 
+pub mod certs;
 pub mod daemon;
 pub mod features;
 pub mod holder;

@@ -18,6 +18,7 @@ use crate::export::control;
 use crate::export::limit_keys::LiveLimits;
 use crate::export::registry::Registry;
 use crate::export::service::Client;
+use crate::export::tls;
 use crate::export::usage::Connection;
 use crate::nbd::handshake::Agreed;
 use crate::ring::{self, Peer, Stream};
@@ -55,6 +56,8 @@ pub struct Context {
     pub limits: Arc<LiveLimits>,
     /// The memory for their payload.
     pub budget: Arc<Budget>,
+    /// How they are encrypted.
+    pub tls: Arc<tls::Current>,
 }
 
 /// Serves one client. Ends when the client has gone or `shutdown` turned true, and everything it started is over.
@@ -85,10 +88,17 @@ pub(super) async fn serve(stream: Stream, context: Arc<Context>, place: &Place, 
         (deal, client) => {
             match deal {
                 Ok(Ok(_)) => error!(%peer, "handshake ended without an export"),
+                Ok(Err(NoDeal::Tls(e))) => {
+                    warn!(%peer, reason = %e, "TLS handshake failed");
+                    // what is wrong has been said, and is to arrive
+                    linger(&stream).await;
+                }
                 Ok(Err(reason @ NoDeal::Violation(_))) => warn!(%peer, %reason, "client broke the protocol"),
                 Ok(Err(reason)) => debug!(%peer, %reason, "no transmission phase"),
                 Err(_) => error!(%peer, "handshake panicked"),
             }
+            // an error means that the client closed first
+            let _ = stream.shutdown(Shutdown::Write);
             if let Some(client) = client {
                 let farewell = client.detach().await;
                 // to the client, which is to wait for nothing of ours
@@ -110,7 +120,10 @@ async fn transmit(
     stop: Pin<&mut dyn Future<Output = ()>>,
 ) {
     let export = agreed.name.clone();
-    info!(%peer, %export, "client connected");
+    match &client.connection().tls {
+        Some(tls) => info!(%peer, %export, %tls, "client connected"),
+        None => info!(%peer, %export, "client connected"),
+    }
     let stream = Rc::new(stream);
     let connection = Arc::clone(client.connection());
     let gauge = Rc::new(Gauge::new(&context.budget, Arc::clone(&connection)));
@@ -228,7 +241,7 @@ async fn linger(stream: &Stream) {
     let mut forget = vec![0; LINGER_BYTES];
     let gone = async {
         loop {
-            match stream.try_read(&mut forget) {
+            match stream.try_forget(&mut forget) {
                 Ok(0) => return,
                 Ok(_) => ring::yield_now().await,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {

@@ -6,13 +6,17 @@ use super::turn_away;
 use crate::block::{BlockDev, Geometry};
 use crate::export::config::ExportConfig;
 use crate::export::service::{AttachError, Client, Export};
-use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Listed, Purpose, Refusal, Step, Violation};
+use crate::export::tls::{self, Barred, Encrypted, Offer};
+use crate::export::tls_keys::TlsMode;
+use crate::export::usage::Guest;
+use crate::nbd::handshake::{Agreed, Closing, ExportInfo, Handshake, Listed, Purpose, Refusal, Step, Tls, Violation};
 use crate::nbd::{
     BASE_ALLOCATION, NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL,
     NBD_FLAG_SEND_CACHE, NBD_FLAG_SEND_FAST_ZERO, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 };
-use crate::ring::{Peer, Stream};
+use crate::ring::Stream;
+use crate::ring::tls as secure;
 use bytes::BytesMut;
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -20,6 +24,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tracing::warn;
 
 /// Bytes received with one call.
 const RECEIVE_BYTES: usize = 4096;
@@ -41,6 +46,8 @@ pub(super) enum NoDeal {
     Refused(String),
     #[error("protocol violation: {0}")]
     Violation(Violation),
+    #[error("TLS handshake failed: {0}")]
+    Tls(io::Error),
     #[error("connection failed: {0}")]
     Failed(#[from] io::Error),
 }
@@ -55,7 +62,10 @@ pub(super) async fn negotiate(
     held: &mut Option<Client>,
     stop: Pin<&mut dyn Future<Output = NoDeal>>,
 ) -> Result<(Agreed, BytesMut), NoDeal> {
-    let mut handshake = Handshake::new();
+    // the same for the whole connection, as the specification wants it
+    let offer = context.tls.get();
+    let mut guest = Guest::from(stream.peer());
+    let mut handshake = Handshake::with_tls(offered(&offer));
     // what is left of it counts, so that no client can make it last by a byte at a time
     let patience = context.limits.get().handshake_timeout;
     let mut wire = Wire { stream, stop, patience, buf: vec![0; RECEIVE_BYTES], ended: None };
@@ -71,13 +81,11 @@ pub(super) async fn negotiate(
                 }
                 Err(end) => return Err(end),
             },
-            Step::Export { name, purpose: Purpose::Info } => {
-                handshake.export(describe(context, stream.peer(), name).await)
-            }
+            Step::Export { name, purpose: Purpose::Info } => handshake.export(describe(context, &guest, name).await),
             Step::Export { name, purpose: Purpose::Go } => {
                 // from here on it waits for us
                 place.settle();
-                let opened = open(context, held, &mut wire, name).await;
+                let opened = open(context, held, &mut wire, &guest, name).await;
                 if let Some(end) = wire.ended.take() {
                     return Err(end);
                 }
@@ -87,11 +95,14 @@ pub(super) async fn negotiate(
                 handshake.export(opened);
             }
             Step::Contexts { name, beyond_base } => {
-                handshake.contexts(contexts(context, stream.peer(), &name, beyond_base).await);
+                handshake.contexts(contexts(context, &guest, &name, beyond_base).await);
             }
-            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(list(context))),
+            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(list(context, &guest))),
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
-            Step::StartTls => unreachable!("TLS was not offered"),
+            Step::StartTls => {
+                guest.tls = Some(Arc::new(wire.start_tls(&offer).await?));
+                handshake.tls_started();
+            }
             Step::Transmission(agreed) => return Ok((agreed, handshake.into_rest())),
             Step::Close(Closing::Aborted) => return Err(NoDeal::Aborted),
             Step::Close(Closing::Refused(refusal)) => return Err(NoDeal::Refused(words(refusal))),
@@ -134,6 +145,21 @@ impl Wire<'_> {
         Ok(())
     }
 
+    /// Encrypts the connection. Waiting for the client here takes of the same patience.
+    async fn start_tls(&mut self, offer: &Offer) -> Result<Encrypted, NoDeal> {
+        let acceptor = offer.acceptor.as_ref().ok_or_else(|| NoDeal::Tls(io::Error::other("there is none")))?;
+        self.stream.start_tls(acceptor).map_err(NoDeal::Tls)?;
+        loop {
+            match self.stream.try_handshake().map_err(NoDeal::Tls)? {
+                secure::Handshake::Done => break,
+                secure::Handshake::Read => self.wait(self.stream.readable()).await?,
+                secure::Handshake::Write => self.wait(self.stream.writable()).await?,
+            }
+        }
+        let secured = self.stream.secured().ok_or_else(|| NoDeal::Tls(io::Error::other("it has no result")))?;
+        Ok(Encrypted::new(secured))
+    }
+
     /// Lets time pass while the client waits for its export. `false`: it waits no longer, or we do not.
     async fn pause(&mut self, time: Duration) -> bool {
         self.ended = tokio::select! {
@@ -160,37 +186,63 @@ impl Wire<'_> {
     }
 }
 
-/// The export of this name. One that is not there yet is looked for in the configuration before the client is refused,
-/// so that a file can be written and its export asked for at once.
-async fn find(context: &Context, name: &str) -> Result<Arc<Export>, Refusal> {
-    if let Some(export) = context.registry.get(name) {
-        return Ok(export);
+/// What the handshake is to say of TLS.
+fn offered(offer: &Offer) -> Tls {
+    match (&offer.acceptor, offer.mode) {
+        (None, _) | (_, TlsMode::Off) => Tls::Off,
+        (Some(_), TlsMode::On) => Tls::Offered,
+        (Some(_), TlsMode::Required) => Tls::Required,
     }
-    context.control.missing(name).await;
-    context.registry.get(name).ok_or_else(|| Refusal::Unknown(format!("no export named {name:?} on this server")))
 }
 
 /// The names of the contexts an export offers. Its image is only looked at when it matters: the clients that ask for
 /// `base:allocation`, which every export has, are to disturb nobody.
-async fn contexts(context: &Context, peer: Peer, name: &str, beyond_base: bool) -> Result<Vec<String>, Refusal> {
-    let export = find(context, name).await?;
+async fn contexts(context: &Context, guest: &Guest, name: &str, beyond_base: bool) -> Result<Vec<String>, Refusal> {
+    let export = find(context, guest, name).await?;
     if !beyond_base {
         return Ok(vec![BASE_ALLOCATION.to_owned()]);
     }
-    let offered = export.contexts(peer).await.map_err(|e| refused(&e))?;
+    let offered = export.contexts(guest.peer).await.map_err(|e| refused(&e))?;
     Ok(offered.into_iter().map(|context| context.name).collect())
 }
 
-fn list(context: &Context) -> Vec<Listed> {
-    let exports = context.registry.names().into_iter();
-    exports.map(|(name, description)| Listed { name, description }).collect()
+/// The exports that this client may use, as far as TLS decides that.
+fn list(context: &Context, guest: &Guest) -> Vec<Listed> {
+    let may_use = |config: &ExportConfig| tls::admit(&config.tls, guest.tls.as_deref()).is_ok();
+    let listed = |config: &ExportConfig| Listed { name: config.name.clone(), description: config.description.clone() };
+    let exports = context.registry.entries().into_iter().map(|entry| Arc::clone(entry.export.config()));
+    exports.filter(|config| may_use(config)).map(|config| listed(&config)).collect()
+}
+
+/// The export of this name, if it is for this client. One that is not there yet is looked for in the configuration before
+/// the client is refused, so that a file can be written and its export asked for at once.
+async fn find(context: &Context, guest: &Guest, name: &str) -> Result<Arc<Export>, Refusal> {
+    let export = match context.registry.get(name) {
+        Some(export) => export,
+        None => {
+            context.control.missing(name).await;
+            let unknown = || Refusal::Unknown(format!("no export named {name:?} on this server"));
+            context.registry.get(name).ok_or_else(unknown)?
+        }
+    };
+    match tls::admit(&export.config().tls, guest.tls.as_deref()) {
+        Ok(()) => Ok(export),
+        Err(Barred::Plain) => Err(Refusal::TlsRequired),
+        Err(Barred::Encrypted) => Err(Refusal::Policy(format!("export {name:?} is served without TLS only"))),
+        Err(Barred::Subject) => {
+            let identity = guest.tls.as_ref().and_then(|tls| tls.identity.as_ref());
+            let who = identity.map_or("a client without certificate".to_owned(), ToString::to_string);
+            warn!(peer = %guest.peer, "export {name:?}: {who} is not admitted; its `tlsallow` names others");
+            Err(Refusal::Policy(format!("export {name:?} is not for {who}; its `tlsallow` names others")))
+        }
+    }
 }
 
 /// Describes an export without taking hold of it: who only asks disturbs nobody, and a listing of all exports works
 /// while some of them are in use elsewhere.
-async fn describe(context: &Context, peer: Peer, name: String) -> Result<ExportInfo, Refusal> {
-    let export = find(context, &name).await?;
-    let geometry = export.describe(peer).await.map_err(|e| refused(&e))?;
+async fn describe(context: &Context, guest: &Guest, name: String) -> Result<ExportInfo, Refusal> {
+    let export = find(context, guest, &name).await?;
+    let geometry = export.describe(guest.peer).await.map_err(|e| refused(&e))?;
     Ok(info(export.config(), geometry))
 }
 
@@ -199,11 +251,11 @@ async fn open(
     context: &Context,
     held: &mut Option<Client>,
     wire: &mut Wire<'_>,
+    guest: &Guest,
     name: String,
 ) -> Result<ExportInfo, Refusal> {
-    let peer = wire.stream.peer();
     let attached = loop {
-        match find(context, &name).await?.attach(peer, async |time| wire.pause(time).await).await {
+        match find(context, guest, &name).await?.attach(guest.clone(), async |time| wire.pause(time).await).await {
             // a reload came between the two steps
             Err(AttachError::Retired(_)) => {}
             attached => break attached,
