@@ -6,6 +6,7 @@ use common::daemon::{Daemon, Setup};
 use common::qemu;
 use common::root::{self, Loop, Mount};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -222,4 +223,138 @@ fn temporary_layers() {
     // what a client wrote is gone when it leaves: there is nothing to compare
     torment(&daemon, &Expect { provision: &[(64 << 20) + 1], ..ALL });
     let _dir = daemon.stop();
+}
+
+const TIB: u64 = 1 << 40;
+
+/// Runs a program with the protocol byte by byte, see `clients/wire.py`.
+fn wire(daemon: &Daemon, program: &str) -> String {
+    let prelude = format!("unix, port, pid = {:?}, {}, {}\n", daemon.socket(), daemon.port(), daemon.pid());
+    let program = prelude + include_str!("clients/wire.py") + program;
+    qemu::run(Command::new("/usr/bin/python3").args(["-c", &program]))
+}
+
+/// Zeroes 1 TiB in one request, with data around both ends and in the middle, by QEMU and by hand; another client of the
+/// same worker gets its answers meanwhile, and little memory is taken. Returns the directory.
+fn a_tebibyte(prepare: impl FnOnce(&Setup) -> PathBuf, export: &str) -> (std::sync::Arc<tempfile::TempDir>, PathBuf) {
+    let setup = Setup::new().generic("workers = 1");
+    let image = prepare(&setup);
+    setup.export("disk", &image, export);
+    let daemon = setup.start();
+    let io = |commands: &[&str]| {
+        let mut io = Command::new("qemu-io");
+        io.args(["-f", "raw"]);
+        commands.iter().for_each(|command| {
+            io.args(["-c", command]);
+        });
+        let text = qemu::run(io.arg(daemon.uri("disk")));
+        assert!(!text.contains("fail") && !text.contains("rror"), "{text}");
+    };
+    let marks = ["write -P 1 0 128k", "write -P 2 512G 128k", "write -P 3 1024G 256k"];
+    io(&marks);
+    let before = daemon.resident_bytes();
+    // from 1000 bytes inside the first mark to 1000 bytes inside the last
+    let zero = r#"
+import threading
+T = 1 << 40
+answers = 0
+w = Wire()
+w.extended()
+other = Wire()
+other.extended()
+over = False
+def ask():
+    global answers
+    while not over:
+        other.request64(READ, 1024, 512)
+        assert other.chunks()[-1][0] in (DATA, HOLE)
+        answers += 1
+thread = threading.Thread(target=ask)
+thread.start()
+for kind, flags in ((ZEROES, FAST), (ZEROES, 0), (TRIM, 0)):
+    was = answers
+    w.request64(kind, 1000, T, flags)
+    chunks = w.chunks()
+    assert chunks == [(NONE, b'')], chunks
+    print(kind, flags, answers - was)
+over = True
+thread.join()
+w.request64(DISC)
+"#;
+    let told = wire(&daemon, zero);
+    println!("answers meanwhile: {told}");
+    let grown = daemon.resident_bytes().saturating_sub(before);
+    assert!(grown < 200 << 20, "{grown} bytes");
+    io(&[
+        "read -P 1 0 1000",
+        "read -P 0 1000 131072",
+        "read -P 0 512G 128k",
+        "read -P 0 1024G 1000",
+        "read -P 3 1099511628776 260000",
+    ]);
+    io(&marks);
+    io(&["write -z -u -n 4k 1T", "read -P 1 0 4k", "read -P 0 4k 124k", "read -P 0 512G 128k", "read -P 0 1T 4k"]);
+    io(&["read -P 3 1099511631872 64k", "discard 4k 1T", "read -P 1 0 4k", "read -P 3 1099511631872 64k"]);
+    let (dir, log) = daemon.stop();
+    assert!(!log.contains("ERROR") && !log.contains("WARN"), "{log}");
+    (dir, image)
+}
+
+#[test]
+fn a_tebibyte_of_a_sparse_image() {
+    let (_dir, image) = a_tebibyte(|setup| setup.image("disk.qcow2", "", "2T"), "");
+    qemu::check(&image);
+}
+
+#[test]
+fn a_tebibyte_of_an_overlay() {
+    let prepare = |setup: &Setup| {
+        let base = setup.image("base.qcow2", "", "2T");
+        let image = setup.dir().join("disk.qcow2");
+        qemu::qemu_img("create -q -f qcow2 -F qcow2 -b", &[&base, &image]);
+        image
+    };
+    let (_dir, image) = a_tebibyte(prepare, "");
+    qemu::check(&image);
+}
+
+#[test]
+fn a_tebibyte_of_clusters_that_are_allocated() {
+    let (_dir, image) = a_tebibyte(|setup| setup.image("disk.qcow2", "preallocation=metadata", "1026G"), "");
+    qemu::check(&image);
+}
+
+#[test]
+fn a_tebibyte_of_a_raw_file() {
+    let prepare = |setup: &Setup| {
+        let file = setup.dir().join("disk.raw");
+        sparse(&file, 2 * TIB);
+        file
+    };
+    a_tebibyte(prepare, "format = raw");
+}
+
+/// Storage for more than there can be is refused at once: it does not fill the file system first.
+#[test]
+fn what_cannot_be_reserved_is_refused_before_anything_is() {
+    let setup = Setup::new();
+    let image = setup.image("disk.qcow2", "", "200T");
+    let file = setup.dir().join("disk.raw");
+    sparse(&file, 8 * TIB);
+    setup.export("qcow2", &image, "");
+    setup.export("raw", &file, "format = raw");
+    let daemon = setup.start();
+    let stored = |path: &Path| path.metadata().unwrap().blocks() * 512;
+    let before = [stored(&image), stored(&file)];
+    for (export, length) in [("qcow2", 190 * TIB), ("raw", 7 * TIB)] {
+        let program = format!(
+            "w = Wire()\nw.extended({export:?})\nw.request64(ZEROES, 5, {length}, NO_HOLE)\n\
+             kind, payload = w.chunks()[0]\nassert kind == ERROR and payload[:4] == b'\\0\\0\\0\\x1c', (kind, payload)\n"
+        );
+        wire(&daemon, &program);
+    }
+    for (path, before) in [&image, &file].into_iter().zip(before) {
+        assert!(stored(path) < before + (1 << 20), "{}", path.display());
+    }
+    daemon.stop();
 }

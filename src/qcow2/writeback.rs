@@ -19,13 +19,13 @@ use super::metadata::{Corrupt, Metadata, Root, Stop};
 use super::tables::{Pieces, Table, TableKind, push_piece};
 use crate::block::Errno;
 use crate::units::{HostOffset, HostRange};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 /// Clusters freed and not yet written back that make [`Metadata::wants_writeback`] true.
 const FREED_LIMIT: usize = 16_384;
 
 /// The same, so much that who frees more waits: what is freed is taken back while the metadata is locked.
-const FREED_MAX: usize = 4 * FREED_LIMIT;
+const FREED_MAX: usize = 32 * FREED_LIMIT;
 /// References taken back before others get their turn.
 const RELEASE_TURN: usize = 4096;
 
@@ -245,17 +245,17 @@ impl Metadata {
 
     /// Takes up what was freed by durable tables and that no operation can still point at.
     fn collect_drained(&mut self, release: &mut Release) {
-        let mut references: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut references = Vec::new();
         while let Some((epoch, _)) = self.freed_durable.front() {
             if !self.drained(*epoch) {
                 break;
             }
             let (_, clusters) = self.freed_durable.pop_front().expect("looked at");
-            for cluster in clusters {
-                *references.entry(cluster).or_insert(0) += 1;
-            }
+            references.extend(clusters);
         }
-        release.taking.extend(references);
+        // quick where whole ranges were given up: they are in order already
+        references.sort_unstable();
+        release.taking.extend(references.chunk_by(|a, b| a == b).map(|same| (same[0], same.len() as u64)));
     }
 
     /// Takes references back. `None`: all done, the changed refcount blocks are ready to be written.
