@@ -253,7 +253,7 @@ w.go('any')
 w = Wire()
 w.option(OPT_EXPORT_NAME, b'must')
 assert w.closed()
-# with TLS the three-letter word is not heard any more
+# and with TLS
 w = Wire()
 w.start_tls()
 assert w.answer(OPT_GO, info('plain'))[0] == ERR_POLICY

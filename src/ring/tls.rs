@@ -1,6 +1,6 @@
 //! TLS of one connection: what [`super::Stream`] does between the socket and its callers once they started it.
 //!
-//! [`Session`] moves no bytes itself: it is handed a function that receives and one that sends, both non-blocking, and
+//! `Session` moves no bytes itself: it is handed a function that receives and one that sends, both non-blocking, and
 //! keeps ciphertext that the socket has not taken, ciphertext that is not a whole record yet, and plaintext that nobody
 //! has taken yet, each within a limit. rustls decides what the bytes mean; this decides how many of them are in memory.
 //!
