@@ -210,6 +210,12 @@ fn description(export: &ExportStatus) -> String {
     line("path", export.path.clone());
     line("format", export.format.clone());
     line("mode", mode(export.mode).to_owned());
+    if let Some(rate) = export.bandwidth_limit {
+        line("bandwidth limit", format!("{} a second", human_size(rate)));
+    }
+    if let Some(rate) = export.iops_limit {
+        line("limit of operations", format!("{rate} a second"));
+    }
     line("defined", format!("{}:{} (configuration {})", export.file, export.line, export.generation));
     for (key, bytes) in [("size", export.size_bytes), ("allocated", export.allocated_bytes)] {
         if let Some(bytes) = bytes {

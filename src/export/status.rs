@@ -37,6 +37,12 @@ pub struct ExportStatus {
     pub format: String,
     /// Whether clients may write.
     pub mode: Mode,
+    /// Bytes a second that its clients together may read and write; missing without a limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<u64>,
+    /// Operations a second of its clients together; missing without a limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops_limit: Option<u64>,
     /// The configuration file that defines it, or has defined it.
     pub file: String,
     /// The line of its group in that file.
@@ -239,6 +245,7 @@ fn status(export: &Arc<Export>, (file, line): (&Path, u32), draining: bool) -> E
     let config = export.config();
     let failure = export.failure().map(|f| FailureStatus { reason: f.reason, at: rfc3339(f.at) });
     let images = export.images();
+    let limits = export.limiter().limits();
     let state = match (&failure, draining) {
         (_, true) => State::Draining,
         (Some(_), false) => State::Failed,
@@ -252,6 +259,8 @@ fn status(export: &Arc<Export>, (file, line): (&Path, u32), draining: bool) -> E
         path: lossy(&config.path),
         format: config.format.to_string(),
         mode: if config.read_only { Mode::Ro } else { Mode::Rw },
+        bandwidth_limit: limits.bandwidth,
+        iops_limit: limits.iops,
         file: lossy(file),
         line,
         open: !images.is_empty(),

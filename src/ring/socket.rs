@@ -206,6 +206,15 @@ impl Stream {
         }
     }
 
+    /// Whether the other end has closed both halves, as far as the kernel knows: of a TCP peer that has closed it knows
+    /// only when something was sent that nobody took. A system call.
+    pub fn is_gone(&self) -> bool {
+        let mut fd = libc::pollfd { fd: self.as_fd().as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one valid pollfd, for the length of the call, of a descriptor that `self` keeps open.
+        let told = unsafe { libc::poll(&mut fd, 1, 0) };
+        told > 0 && fd.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+    }
+
     /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`], and
     /// what is written next begins with the same bytes.
     pub fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
@@ -325,8 +334,11 @@ mod tests {
             assert_eq!(read_some(&stream, &mut buf).await.unwrap(), 4, "nothing was read meanwhile");
             let (near, far) = unix::UnixStream::pair().unwrap();
             let stream = Stream::from_std(far).unwrap();
-            assert!(!stream.hung_up());
+            assert!(!stream.hung_up() && !stream.is_gone());
+            near.shutdown(Shutdown::Write).unwrap();
+            assert!(!stream.is_gone(), "it may still read");
             drop(near);
+            assert!(stream.is_gone());
             while !stream.hung_up() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }

@@ -24,6 +24,8 @@ use tracing::warn;
 const HANDSHAKE_SHARE: usize = 4;
 /// Handshakes that are allowed however few places there are.
 const MIN_HANDSHAKES: usize = 16;
+/// Connections that were told to go and have not gone yet; while there are so many, nobody is let in.
+const MAX_LEAVING: usize = 1024;
 /// Least time between two log lines about clients that were turned away.
 const SAY_PAUSE: Duration = Duration::from_secs(10);
 
@@ -161,7 +163,7 @@ impl State {
         }
         let allowance = (limits.max_clients / HANDSHAKE_SHARE).max(MIN_HANDSHAKES);
         // those that were told to go need a moment, and there must not be any number of them
-        if self.present >= limits.max_clients.saturating_add(allowance) {
+        if self.present - self.clients >= MAX_LEAVING {
             return Err(Full::Server);
         }
         if self.clients >= limits.max_clients || self.handshakes >= allowance {
@@ -391,7 +393,7 @@ mod tests {
     #[test]
     fn those_told_to_go_are_bounded() {
         let places = places(10, None);
-        let all: Vec<Option<Place>> = (0..100).map(|_| places.enter(tcp("192.0.2.1"))).collect();
-        assert_eq!(all.iter().flatten().count(), 10 + MIN_HANDSHAKES);
+        let all: Vec<Option<Place>> = (0..2000).map(|_| places.enter(tcp("192.0.2.1"))).collect();
+        assert_eq!(all.iter().flatten().count(), 10 + MAX_LEAVING);
     }
 }

@@ -100,10 +100,10 @@ pub(super) async fn serve(stream: Stream, context: Arc<Context>, place: &Place, 
             // an error means that the client closed first
             let _ = stream.shutdown(Shutdown::Write);
             if let Some(client) = client {
-                let farewell = client.detach().await;
+                let farewell = Box::pin(client.detach()).await;
                 // to the client, which is to wait for nothing of ours
                 drop(stream);
-                farewell.run().await;
+                Box::pin(farewell.run()).await;
             }
         }
     }
@@ -127,9 +127,10 @@ async fn transmit(
     let stream = Rc::new(stream);
     let connection = Arc::clone(client.connection());
     let gauge = Rc::new(Gauge::new(&context.budget, Arc::clone(&connection)));
+    let pace = Rc::new(Pace::new(client.export().limiter(), &connection));
     let out = Rc::new(Out::new(Rc::clone(&stream), Rc::clone(&gauge)));
     ring::spawn(write_replies(Rc::clone(&out)));
-    let contexts = contexts(&client, &agreed).await;
+    let contexts = Box::pin(contexts(&client, &agreed)).await;
     let replies = agreed.replies;
     let session = Rc::new(Session {
         stream: Rc::clone(&stream),
@@ -140,7 +141,7 @@ async fn transmit(
         contexts,
         out,
         gauge: Rc::clone(&gauge),
-        pace: Pace::new(client.export().limiter(), &connection),
+        pace: Rc::clone(&pace),
         connection: Arc::clone(&connection),
     });
     let idle_timeout = client.export().limiter().limits().idle_timeout;
@@ -149,7 +150,7 @@ async fn transmit(
         tokio::select! {
             () = stop => End::Shutdown,
             () = connection.disconnected() => if gauge.account().is_cut() { End::Stalled } else { End::Ended },
-            () = idle(&gauge, &connection, idle_timeout), if !idle_timeout.is_zero() => End::Idle,
+            () = idle(&gauge, &pace, &connection, idle_timeout), if !idle_timeout.is_zero() => End::Idle,
         }
     });
 
@@ -164,7 +165,8 @@ async fn transmit(
         session.out.fail();
     }
     let is_stopped = matches!(end, End::Shutdown | End::Ended | End::Idle | End::Stalled);
-    drain(&session, (!is_stopped).then_some(stop)).await;
+    // boxed, here and below: an idle connection does not keep room for its end
+    Box::pin(drain(&session, (!is_stopped).then_some(stop))).await;
     let deaf = session.out.has_failed();
     let totals = connection.totals();
     let (bytes_read, bytes_written) = (totals.read.bytes, totals.write.bytes);
@@ -172,18 +174,18 @@ async fn transmit(
     // The image first, then courtesy to the client. Nothing of ours may hold the image when `detach` returns: with
     // everything drained this is the last reference to the session.
     drop(session);
-    let farewell = client.detach().await;
+    let farewell = Box::pin(client.detach()).await;
     if let (End::Shutdown, Some(rest), false) = (&end, rest, deaf) {
-        turn_away::requests(&stream, replies, rest).await;
+        Box::pin(turn_away::requests(&stream, replies, rest)).await;
     }
     if matches!(end, End::Shutdown | End::Ended | End::Idle | End::Violation(_)) && !deaf {
-        linger(&stream).await;
+        Box::pin(linger(&stream)).await;
     }
     // an error means that the client closed first
     let _ = stream.shutdown(Shutdown::Both);
     info!(%peer, %export, bytes_read, bytes_written, reason = %end, "client left");
     drop(stream);
-    farewell.run().await;
+    Box::pin(farewell.run()).await;
 }
 
 /// What the selected contexts are on the export that the client has got.
@@ -197,14 +199,14 @@ async fn contexts(client: &Client, agreed: &Agreed) -> Vec<Option<MetaContext>> 
 }
 
 /// Completes when a client that has nothing in flight has sent no request for `limit`, or a little longer.
-async fn idle(gauge: &Gauge, connection: &Connection, limit: Duration) {
+async fn idle(gauge: &Gauge, pace: &Pace, connection: &Connection, limit: Duration) {
     // looking now and then costs less than noting the time of each request
     let pause = limit / IDLE_LOOKS;
     let (mut seen, mut quiet) = (connection.begun(), 0);
     while quiet < IDLE_LOOKS {
         tokio::time::sleep(pause).await;
         let begun = connection.begun();
-        quiet = if begun == seen && gauge.is_idle() { quiet + 1 } else { 0 };
+        quiet = if begun == seen && gauge.is_idle() && pace.is_idle() { quiet + 1 } else { 0 };
         seen = begun;
     }
 }
@@ -213,11 +215,14 @@ async fn idle(gauge: &Gauge, connection: &Connection, limit: Duration) {
 /// been (`None`), what the export's limits hold back is given up.
 async fn drain(session: &Session, stop: Option<Pin<&mut dyn Future<Output = End>>>) {
     session.out.flush();
+    if session.stream.is_gone() {
+        session.out.fail();
+    }
     let mut all = pin!(async {
         let mut before = session.out.progress();
         while timeout(STALL_LIMIT, session.gauge.idle()).await.is_err() {
             let (queued, sent) = session.out.progress();
-            if queued > 0 && before.0 > 0 && sent == before.1 {
+            if queued > 0 && before.0 > 0 && sent == before.1 || session.stream.is_gone() {
                 session.out.fail();
             }
             before = (queued, sent);

@@ -72,6 +72,11 @@ impl Gauge {
         self.wait(1, bytes).await
     }
 
+    /// Memory for a request that has its permit, if there is room now.
+    pub(super) fn try_memory(self: &Rc<Self>, bytes: usize) -> Option<Permit> {
+        self.try_take(0, bytes)
+    }
+
     /// Waits for room for `bytes` more memory of a request that has its permit.
     ///
     /// Whoever holds memory must not wait here for more: holders of all of it could wait for each other.

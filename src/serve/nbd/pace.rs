@@ -16,6 +16,8 @@ use tokio::sync::Notify;
 pub(super) struct Pace {
     limiter: Arc<Limiter>,
     connection: Arc<Connection>,
+    /// Requests that wait.
+    waiting: Cell<usize>,
     /// What waits is given up.
     over: Cell<bool>,
     /// Told when that begins.
@@ -25,7 +27,7 @@ pub(super) struct Pace {
 impl Pace {
     pub(super) fn new(limiter: &Arc<Limiter>, connection: &Arc<Connection>) -> Pace {
         let (limiter, connection) = (Arc::clone(limiter), Arc::clone(connection));
-        Pace { limiter, connection, over: Cell::new(false), told: Notify::new() }
+        Pace { limiter, connection, waiting: Cell::new(0), over: Cell::new(false), told: Notify::new() }
     }
 
     /// Whether there is nothing to pay: then nobody need call [`Pace::pay`].
@@ -33,8 +35,14 @@ impl Pace {
         !self.limiter.is_limited()
     }
 
+    /// Whether nothing is held back here.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.get() == 0
+    }
+
     /// Waits until the limits allow it.
     pub(super) async fn pay(&self, cost: Cost) {
+        let _waits = Waits::new(&self.waiting);
         self.limiter.pay(&self.connection.flow, cost).await;
     }
 
@@ -58,6 +66,22 @@ impl Pace {
     pub(super) fn give_up(&self) {
         self.over.set(true);
         self.told.notify_waiters();
+    }
+}
+
+/// One request that waits.
+struct Waits<'a>(&'a Cell<usize>);
+
+impl<'a> Waits<'a> {
+    fn new(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Waits(count)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
     }
 }
 

@@ -23,10 +23,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::Duration;
+use tokio::time::timeout;
 use tracing::trace;
 
 /// Requests after which the other connections of this worker get their turn.
 const TURN: u32 = 256;
+/// How long a request waits for its export's limits before its client is looked after.
+const LOOK: Duration = Duration::from_secs(1);
 /// The rest of a payload, in bytes, up to which it is received together with the requests behind it.
 const SMALL_REST: usize = 8 << 10;
 
@@ -223,14 +227,17 @@ impl<'a> Reader<'a> {
     }
 
     /// Polls a request once, and makes it a task if it has to wait. A panic in it is its own: its ticket answers.
-    async fn start(&mut self, request: impl Future<Output = ()> + 'static) {
+    fn start(&mut self, request: impl Future<Output = ()> + 'static) -> impl Future<Output = ()> {
+        // boxed before it becomes part of another future: an idle connection would keep room for the largest of them
         let mut request: Pin<Box<dyn Future<Output = ()>>> = Box::pin(request);
-        let waits = poll_fn(|cx| {
-            let polled = catch_unwind(AssertUnwindSafe(|| request.as_mut().poll(cx)));
-            Poll::Ready(matches!(polled, Ok(Poll::Pending)))
-        });
-        if waits.await {
-            ring::spawn(request);
+        async move {
+            let waits = poll_fn(|cx| {
+                let polled = catch_unwind(AssertUnwindSafe(|| request.as_mut().poll(cx)));
+                Poll::Ready(matches!(polled, Ok(Poll::Pending)))
+            });
+            if waits.await {
+                ring::spawn(request);
+            }
         }
     }
 
@@ -245,22 +252,32 @@ impl<'a> Reader<'a> {
         let session = self.session;
         match session.gauge.try_request(bytes) {
             Some(permit) => Ok(permit),
-            None => self.wait(session.gauge.request(bytes)).await,
+            // boxed, here and below: an idle connection does not keep room for what is rare
+            None => self.wait(Box::pin(session.gauge.request(bytes))).await,
         }
     }
 
     /// Waits until the export's limits allow what this costs.
     async fn pay(&mut self, cost: Cost) -> Result<(), End> {
         let pace = &self.session.pace;
-        match pace.is_free() {
-            true => Ok(()),
-            false => self.wait(pace.pay(cost)).await,
+        if pace.is_free() {
+            return Ok(());
         }
+        let mut paid = Box::pin(pace.pay(cost));
+        while self.wait(timeout(LOOK, &mut paid)).await?.is_err() {
+            if self.session.stream.is_gone() {
+                return Err(End::Closed);
+            }
+        }
+        Ok(())
     }
 
     async fn memory(&mut self, bytes: usize) -> Result<Permit, End> {
         let session = self.session;
-        self.wait(session.gauge.memory(bytes)).await
+        match session.gauge.try_memory(bytes) {
+            Some(permit) => Ok(permit),
+            None => self.wait(Box::pin(session.gauge.memory(bytes))).await,
+        }
     }
 
     /// Receives `len` bytes of payload: what the small buffer holds is copied, the rest goes straight to its place.

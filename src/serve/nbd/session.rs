@@ -30,7 +30,7 @@ pub(super) struct Session {
     pub(super) contexts: Vec<Option<Context>>,
     pub(super) out: Rc<Out>,
     pub(super) gauge: Rc<Gauge>,
-    pub(super) pace: Pace,
+    pub(super) pace: Rc<Pace>,
     /// Where its requests are counted.
     pub(super) connection: Arc<Connection>,
 }
