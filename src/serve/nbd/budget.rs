@@ -10,14 +10,16 @@
 //!   structured read or a large write, which go in pieces of this size when there is no other memory, need no more.
 //! - The common half of the budget: what goes beyond the share, as long as it is no single large buffer. A connection may
 //!   have at most one part in 32 of what is left of it at that moment ([`FRACTION`]): 16 MiB of the default budget, and a
-//!   hundred connections that took all they could leave as much as a busy client needs to the next one.
+//!   hundred connections that took all they could leave as much as a busy client needs to the next one, and any number of them
+//!   leaves 8 MiB to requests that are above the share and alone on their connection.
 //! - The half for large buffers (above [`LARGE`]): replies that cannot be sent in pieces, because the client has no
 //!   structured replies, and writes that must be durable. First come, first served.
 //!
 //! Why nobody waits for ever: who waits for memory holds none that only its own waiting could free (its earlier requests
 //! go on without it), so memory is given back by storage that completes, or by clients that take and send. A client may
-//! choose not to. So a waiter that got nothing for [`STALL`] looks at all connections, and those that hold more than
-//! their share waiting for their client, of which less than a quarter has moved since the last look, are disconnected.
+//! choose not to. So who waits looks at all connections now and then ([`LOOK`]), and those that hold more than their
+//! share waiting for their client, of which less than a quarter has moved in [`STALL`], are disconnected. A connection
+//! whose own client keeps that much does not look: it waits for nobody else, and a slow client alone disturbs nobody.
 //! The largest buffer fits the half for large ones ([`crate::export::limit_keys::MIN_MEMORY`]), so the first of its
 //! queue is served when that is empty. A connection without memory of its own gets a small buffer from its share, or a
 //! middling one from the common half, which is not empty for ever for the same reason.
@@ -28,7 +30,7 @@ use crate::export::limit_keys::MIN_MEMORY;
 use crate::export::usage::Connection;
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore};
 
@@ -42,9 +44,11 @@ pub(super) const CHUNK: usize = 256 << 10;
 const FRACTION: usize = 32;
 /// Large buffers are counted in units of so many bytes.
 const UNIT: usize = 64 << 10;
-/// How long a connection waits for memory before it looks who keeps it.
-pub(super) const STALL: Duration = Duration::from_secs(5);
-/// What must have moved between two looks, as a part of what waits for the client.
+/// How often a connection that waits for memory looks who keeps it.
+pub(super) const LOOK: Duration = Duration::from_secs(1);
+/// How long a client may keep memory that others wait for.
+const STALL: Duration = Duration::from_secs(3);
+/// What must have moved in that time, as a part of what waits for the client.
 const MOVED_PART: usize = 4;
 /// The most that is taken when nothing is said, in bytes.
 const DEFAULT_MOST: u64 = 1 << 30;
@@ -60,13 +64,19 @@ pub struct Budget {
     waiting: AtomicUsize,
     /// Told when memory of the common half is given back while somebody waits.
     freed: Notify,
-    accounts: Mutex<Accounts>,
+    accounts: Mutex<Vec<Entry>>,
 }
 
-#[derive(Default)]
-struct Accounts {
-    all: Vec<Arc<Account>>,
-    looked: Option<Instant>,
+struct Entry {
+    account: Arc<Account>,
+    seen: Option<Seen>,
+}
+
+/// What waited for a client at some look.
+struct Seen {
+    at: Instant,
+    stuck: usize,
+    moved: u64,
 }
 
 /// What a connection holds that waits for its client. Written by its worker, when it has to wait.
@@ -78,9 +88,6 @@ pub(super) struct Account {
     sending: AtomicUsize,
     /// Bytes that the client has sent or taken, as far as it was waited for.
     moved: AtomicU64,
-    /// What had moved, and what waited, at the last look.
-    seen: AtomicU64,
-    stuck: AtomicUsize,
     is_cut: AtomicBool,
 }
 
@@ -115,27 +122,30 @@ impl Budget {
             receiving: AtomicUsize::new(0),
             sending: AtomicUsize::new(0),
             moved: AtomicU64::new(0),
-            seen: AtomicU64::new(0),
-            stuck: AtomicUsize::new(0),
             is_cut: AtomicBool::new(false),
         });
-        self.accounts.lock().unwrap_or_else(PoisonError::into_inner).all.push(Arc::clone(&account));
+        self.accounts().push(Entry { account: Arc::clone(&account), seen: None });
         account
     }
 
     /// Closes an account.
     pub(super) fn close(&self, account: &Arc<Account>) {
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = accounts.all.iter().position(|other| Arc::ptr_eq(other, account)) {
-            accounts.all.swap_remove(at);
+        let mut accounts = self.accounts();
+        if let Some(at) = accounts.iter().position(|entry| Arc::ptr_eq(&entry.account, account)) {
+            accounts.swap_remove(at);
         }
     }
 
-    /// Takes `bytes` of the common half for a connection that has `held` of it, if there is room.
-    pub(super) fn try_common(&self, held: usize, bytes: usize) -> bool {
+    fn accounts(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `bytes` of the common half for a connection that has `held` of it, if there is room. `alone`: it has no other
+    /// small buffer, so that its share cannot be what it goes on with.
+    pub(super) fn try_common(&self, held: usize, bytes: usize, alone: bool) -> bool {
         let take = |free: usize| {
             let left = free.checked_sub(bytes)?;
-            (held == 0 || held + bytes <= free / FRACTION).then_some(left)
+            (alone || held + bytes <= free / FRACTION).then_some(left)
         };
         // SeqCst: see `Waiter`
         self.common.fetch_update(SeqCst, SeqCst, take).is_ok()
@@ -156,8 +166,8 @@ impl Budget {
         self.large.try_acquire_many(units(bytes)).map(|permit| permit.forget()).is_ok()
     }
 
-    /// Waits for memory for a large buffer, in order of arrival.
-    pub(super) async fn large(&self, bytes: usize) {
+    /// Waits for memory for a large buffer of a connection, in order of arrival.
+    pub(super) async fn large(&self, bytes: usize, account: &Account) {
         let mut permit = std::pin::pin!(self.large.acquire_many(units(bytes)));
         loop {
             tokio::select! {
@@ -165,7 +175,7 @@ impl Budget {
                     permit.expect("it is never closed").forget();
                     return;
                 }
-                () = tokio::time::sleep(STALL) => self.look(),
+                () = tokio::time::sleep(LOOK) => self.look(account),
             }
         }
     }
@@ -181,19 +191,35 @@ impl Budget {
         Waiter(self)
     }
 
-    /// Somebody has waited for long: disconnects those who keep memory and do not move. Every look judges what has
-    /// happened since the last one, if that was not long ago.
-    pub(super) fn look(&self) {
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = accounts.looked.map(|looked| looked.elapsed());
-        if since.is_some_and(|since| since < STALL) {
-            return;
+    /// The connection of this account has waited for a while: disconnects those who keep memory and do not move.
+    pub(super) fn look(&self, account: &Account) {
+        if account.stuck() <= SHARE {
+            self.look_at(Instant::now());
         }
-        accounts.looked = Some(Instant::now());
-        let judges = since.is_some_and(|since| since < 3 * STALL);
-        for account in &accounts.all {
-            account.look(judges);
+    }
+
+    fn look_at(&self, now: Instant) {
+        self.accounts().iter_mut().for_each(|entry| entry.look(now));
+    }
+}
+
+impl Entry {
+    fn look(&mut self, now: Instant) {
+        let (stuck, moved) = (self.account.stuck(), self.account.moved.load(Relaxed));
+        match &self.seen {
+            // who moved everything since, however long ago that was, has moved enough
+            Some(seen) if stuck > SHARE => {
+                if now.saturating_duration_since(seen.at) < STALL {
+                    return;
+                }
+                if moved - seen.moved < (stuck.min(seen.stuck) / MOVED_PART) as u64 {
+                    self.account.is_cut.store(true, Relaxed);
+                    self.account.connection.disconnect();
+                }
+            }
+            _ => {}
         }
+        self.seen = (stuck > SHARE).then_some(Seen { at: now, stuck, moved });
     }
 }
 
@@ -237,15 +263,9 @@ impl Account {
         self.is_cut.load(Relaxed)
     }
 
-    fn look(&self, judges: bool) {
-        let stuck = self.receiving.load(Relaxed) + self.sending.load(Relaxed);
-        let moved = self.moved.load(Relaxed);
-        let (seen, before) = (self.seen.swap(moved, Relaxed), self.stuck.swap(stuck, Relaxed));
-        let held = stuck.min(before);
-        if judges && held > SHARE && moved - seen < (held / MOVED_PART) as u64 {
-            self.is_cut.store(true, Relaxed);
-            self.connection.disconnect();
-        }
+    /// Bytes that wait for the client.
+    fn stuck(&self) -> usize {
+        self.receiving.load(Relaxed) + self.sending.load(Relaxed)
     }
 }
 
@@ -268,12 +288,6 @@ mod tests {
         assert!((MIN_MEMORY..=DEFAULT_MOST).contains(&default_memory()));
     }
 
-    /// As if the last look had been some time ago.
-    fn look(budget: &Budget, ago: Duration) {
-        budget.accounts.lock().unwrap().looked = Instant::now().checked_sub(ago);
-        budget.look();
-    }
-
     #[test]
     fn who_keeps_memory_and_does_not_move_is_cut() {
         let budget = Budget::new(0);
@@ -281,40 +295,58 @@ mod tests {
             let connection = Arc::new(Connection::new(Peer::Unknown));
             (budget.open(Arc::clone(&connection)), connection)
         };
-        let all: Vec<_> = (0..5).map(|_| open()).collect();
-        let [deaf, slow, busy, small, late] = &all[..] else { unreachable!() };
+        let all: Vec<_> = (0..6).map(|_| open()).collect();
+        let [deaf, slow, busy, small, late, done] = &all[..] else { unreachable!() };
         deaf.0.sending(8 << 20);
         slow.0.receiving(8 << 20);
         busy.0.sending(8 << 20);
         small.0.sending(SHARE);
-        budget.look();
-        assert!(!all.iter().any(|(account, _)| account.is_cut()), "the first look only sees");
+        done.0.sending(8 << 20);
+        let start = Instant::now();
+        budget.look_at(start);
         slow.0.moved(100);
         busy.0.moved(2 << 20);
         late.0.sending(8 << 20);
-        budget.look();
-        assert!(!deaf.0.is_cut(), "too early to judge");
-        look(&budget, STALL);
+        done.0.sending(0);
+        budget.look_at(start + STALL / 2);
+        assert!(!all.iter().any(|(account, _)| account.is_cut()), "too early to judge");
+        budget.look_at(start + STALL);
         let cut: Vec<bool> = all.iter().map(|(account, _)| account.is_cut()).collect();
-        assert_eq!(cut, [true, true, false, false, false]);
+        assert_eq!(cut, [true, true, false, false, false, false]);
         for (account, connection) in &all {
             assert_eq!(connection.disconnected().now_or_never().is_some(), account.is_cut());
         }
-        look(&budget, 10 * STALL);
-        assert!(!late.0.is_cut(), "what was seen long ago says nothing");
+        late.0.moved(8 << 20);
+        budget.look_at(start + 100 * STALL);
+        assert!(!late.0.is_cut(), "it is another wait by now");
         all.iter().for_each(|(account, _)| budget.close(account));
-        assert!(budget.accounts.lock().unwrap().all.is_empty());
+        assert!(budget.accounts().is_empty());
+    }
+
+    #[test]
+    fn who_keeps_memory_does_not_look() {
+        let budget = Budget::new(0);
+        let account = budget.open(Arc::new(Connection::new(Peer::Unknown)));
+        account.sending(8 << 20);
+        budget.look(&account);
+        assert!(budget.accounts()[0].seen.is_none());
+        account.sending(SHARE);
+        let other = budget.open(Arc::new(Connection::new(Peer::Unknown)));
+        other.sending(8 << 20);
+        budget.look(&account);
+        assert!(budget.accounts()[1].seen.is_some());
     }
 
     #[test]
     fn every_greedy_connection_leaves_room_for_the_next() {
         let budget = Budget::new(1 << 30);
-        for n in 0..100 {
+        for n in 0..1000 {
             let mut held = 0;
-            while budget.try_common(held, CHUNK) {
+            while budget.try_common(held, CHUNK, false) {
                 held += CHUNK;
             }
-            assert!(held >= 2 * CHUNK, "connection {n} has {held}");
+            assert!(held > 0 || n > 100, "connection {n} has {held}");
         }
+        assert!(budget.try_common(0, LARGE, true), "there is always room for who has nothing");
     }
 }

@@ -4,7 +4,7 @@
 //! the socket has taken them. A client that sends without reading therefore stops being read. What a connection may have
 //! is bounded here for itself, and by [`super::budget`] for all together.
 
-use super::budget::{Account, Budget, CHUNK, LARGE, SHARE, STALL};
+use super::budget::{Account, Budget, CHUNK, LARGE, LOOK, SHARE};
 use crate::export::usage::Connection;
 use std::cell::Cell;
 use std::pin::pin;
@@ -134,7 +134,7 @@ impl Gauge {
             return true;
         };
         let chunks = missing.next_multiple_of(CHUNK);
-        let taken = self.budget.try_common(had, chunks);
+        let taken = self.budget.try_common(had, chunks, self.small.get() == 0);
         if taken && keep {
             self.common.set(had + chunks);
         } else if taken {
@@ -151,7 +151,7 @@ impl Gauge {
             if !self.has_room(requests, bytes) {
                 self.freed.notified().await;
             } else if bytes > LARGE {
-                self.budget.large(bytes).await;
+                self.budget.large(bytes, &self.account).await;
                 if self.has_room(requests, bytes) {
                     return self.permit(requests, bytes);
                 }
@@ -173,7 +173,7 @@ impl Gauge {
         tokio::select! {
             () = freed => {}
             () = self.freed.notified() => {}
-            () = tokio::time::sleep(STALL) => self.budget.look(),
+            () = tokio::time::sleep(LOOK) => self.budget.look(&self.account),
         }
         None
     }
@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(other.piece(LARGE), LARGE);
         drop(held);
         // everything was given back
-        let (all, rest) = (budget.try_common(0, 128 << 20), budget.try_common(0, 1));
+        let (all, rest) = (budget.try_common(0, 128 << 20, true), budget.try_common(0, 1, true));
         assert!(all && !rest);
         assert_eq!(other.piece(LARGE), SHARE, "then each has its share");
         let own: Vec<_> = std::iter::from_fn(|| other.try_request(4096)).collect();
@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn who_waits_for_the_memory_of_others_is_told_across_threads() {
         let (budget, one, _) = pair();
-        assert!(budget.try_common(0, 128 << 20));
+        assert!(budget.try_common(0, 128 << 20, true));
         let giver = Arc::clone(&budget);
         let later = std::thread::spawn(move || {
             std::thread::sleep(std::time::Duration::from_millis(50));
@@ -317,7 +317,7 @@ mod tests {
         });
         crate::ring::run(async { drop(one.request(LARGE).await) }).unwrap();
         later.join().unwrap();
-        assert!(budget.try_common(0, 128 << 20), "all of it is there again");
+        assert!(budget.try_common(0, 128 << 20, true), "all of it is there again");
     }
 
     #[test]
