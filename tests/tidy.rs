@@ -94,6 +94,19 @@ fn the_tests_that_documents_name_exist() {
     assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
 }
 
+#[test]
+fn every_constant_of_the_protocol_is_in_its_document() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |file: &str| fs::read_to_string(root.join(file)).expect(file);
+    let (source, document) = (read("src/nbd/mod.rs"), read("docs/nbd.md"));
+    let constants = source.lines().filter_map(|line| line.strip_prefix("pub const NBD_")?.split(':').next());
+    // magic numbers are no items of their own
+    let items: Vec<&str> = constants.filter(|name| !name.ends_with("MAGIC")).collect();
+    assert!(items.len() > 50);
+    let missing: Vec<&&str> = items.iter().filter(|name| !document.contains(&format!("`NBD_{name}`"))).collect();
+    assert!(missing.is_empty(), "docs/nbd.md has nothing of {missing:?}");
+}
+
 /// What stands between backquotes as `file::test`.
 fn named_tests(text: &str) -> Vec<(&str, &str)> {
     let is_name =
