@@ -5,7 +5,7 @@
 //! waits by the new ones.
 //!
 //! Rates: for bytes and operations alike the limiter keeps the moment at which everything paid so far has been earned.
-//! A payment moves it on by what it costs, and has to wait while that would be more than [`BURST`] ahead of now.
+//! A payment moves it on by what it costs, and has to wait while that would be more than `BURST` ahead of now.
 //! Payments are cut into portions that cost no more than the burst, so nothing is ever owed, and a large request of one
 //! client lets those of others in between.
 //!

@@ -1,18 +1,18 @@
 //! The memory for payload of all connections together (`maxmemory`), shared by all worker threads.
 //!
 //! Called by each connection's gauge, which counts what its own requests take. Promises: all payload buffers together
-//! stay within `maxmemory` plus [`SHARE`] for each client; and clients that do not take their replies, or trickle what
+//! stay within `maxmemory` plus `SHARE` for each client; and clients that do not take their replies, or trickle what
 //! they write, keep no memory that others need.
 //!
 //! Three kinds of memory:
 //!
-//! - Its share: every connection has [`SHARE`] for itself, without asking. A client with few small requests, and a large
+//! - Its share: every connection has `SHARE` for itself, without asking. A client with few small requests, and a large
 //!   structured read or a large write, which go in pieces of this size when there is no other memory, need no more.
 //! - The common half of the budget: what goes beyond the share, as long as it is no single large buffer. A connection may
-//!   have at most one part in 32 of what is left of it at that moment ([`FRACTION`]): 16 MiB of the default budget, and a
+//!   have at most one part in 32 of what is left of it at that moment (`FRACTION`): 16 MiB of the default budget, and a
 //!   hundred connections that took all they could leave as much as a busy client needs to the next one, and any number of them
 //!   leaves 8 MiB to requests that are above the share and alone on their connection.
-//! - The half for large buffers (above [`LARGE`]): replies that cannot be sent in pieces, because the client has no
+//! - The half for large buffers (above `LARGE`): replies that cannot be sent in pieces, because the client has no
 //!   structured replies, and writes that must be durable. First come, first served.
 //!
 //! Why nobody waits for ever: who waits for memory holds none that only its own waiting could free (its earlier requests
