@@ -17,8 +17,8 @@
 //!
 //! Why nobody waits for ever: who waits for memory holds none that only its own waiting could free (its earlier requests
 //! go on without it), so memory is given back by storage that completes, or by clients that take and send. A client may
-//! choose not to. So who waits looks at all connections now and then ([`LOOK`]), and those that hold more than their
-//! share waiting for their client, of which less than a quarter has moved in [`STALL`], are disconnected. A connection
+//! choose not to. So who waits looks at all connections now and then (`LOOK`), and those that hold more than their
+//! share waiting for their client, of which less than a quarter has moved in `STALL`, are disconnected. A connection
 //! whose own client keeps that much does not look: it waits for nobody else, and a slow client alone disturbs nobody.
 //! The largest buffer fits the half for large ones ([`crate::export::limit_keys::MIN_MEMORY`]), so the first of its
 //! queue is served when that is empty. A connection without memory of its own gets a small buffer from its share, or a
