@@ -168,7 +168,10 @@ for option in (OPT_INFO, OPT_GO):
             break
         assert kind == INFO
         items[struct.unpack(">H", data[:2])[0]] = data[2:]
-    assert items[0][:8] == struct.pack(">Q", 1 << 20)
+    # has flags, flush, FUA, trim, zeroes, several connections, cache, fast zeroes: neither DF, which needs structured
+    # replies, nor a resize
+    flags = 1 | 4 | 8 | 32 | 64 | 256 | 1024 | 2048
+    assert items[0] == struct.pack(">QH", 1 << 20, flags), items[0]
     assert items[1] == b"disk" and items[2] == b"the disk of a test"
     assert items[3] == struct.pack(">III", 1, 4096, 32 << 20), items[3]
 
