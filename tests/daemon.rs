@@ -206,10 +206,10 @@ fn check_prints_every_problem_and_starts_nothing() {
     let base = setup.write_base();
     let check = || cowgate(&["serve", "--check", "-c", base.to_str().unwrap()]);
     let file = setup.dir().join("conf.d/a.conf");
-    fs::write(&file, "[a]\nexportname = /a\nforce_tls = true\n[b]\nflush = no\n").unwrap();
+    fs::write(&file, "[a]\nexportname = /a\ntreefiles = true\n[b]\nflush = no\n").unwrap();
     let (code, stdout, _) = check();
     assert_eq!(code, Some(1));
-    for part in ["warning: [generic] certfile", "a.conf:3: refused: [a] force_tls", "a.conf:5: error: [b] flush = no"] {
+    for part in ["warning: [generic] certfile", "a.conf:3: refused: [a] treefiles", "a.conf:5: error: [b] flush = no"] {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
     fs::write(&file, "[a]\nexportname = /a\n").unwrap();

@@ -279,6 +279,34 @@ fn a_thousand_idle_clients_cost_little() {
     drop(daemon.stop());
 }
 
+#[test]
+fn lists_that_nobody_takes_cost_little() {
+    const CLIENTS: usize = 200;
+    let setup = Setup::new();
+    let image = setup.image("disk.qcow2", "", "1M");
+    for i in 0..3000 {
+        setup.export(&format!("{i:04}-{}", "x".repeat(200)), &image, "readonly = true");
+    }
+    let daemon = setup.start();
+    assert_eq!(Nbd::connect(&daemon.socket()).list().len(), 3000, "all of them, in portions");
+    let before = daemon.resident_bytes();
+    let deaf: Vec<Nbd> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = Nbd::connect(&daemon.socket());
+            client.ask_for_list();
+            client
+        })
+        .collect();
+    // a list has 680 kB, of which a socket holds a third
+    std::thread::sleep(Duration::from_secs(2));
+    let each = (daemon.resident_bytes() - before) / CLIENTS as u64;
+    println!("a list that nobody takes costs {each} bytes");
+    assert!(each < 100_000, "a list that nobody takes costs {each} bytes");
+    assert_eq!(Nbd::connect(&daemon.socket()).list().len(), 3000);
+    drop(deaf);
+    drop(daemon.stop());
+}
+
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const FUA: u16 = 1;

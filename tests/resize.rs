@@ -206,15 +206,24 @@ fn killed_at_any_moment_it_has_the_old_size_or_the_new() {
     bench.content("fresh.qcow2", "small.raw");
     bench.copy("small.raw", "large.raw");
     set_len(&bench.path("large.raw"), 60 * MIB);
+    // how long it takes when nobody kills it
+    let milliseconds = |command: &str| {
+        let start = std::time::Instant::now();
+        bench.cowgate(command);
+        start.elapsed().as_millis() as u64
+    };
+    bench.copy("fresh.qcow2", "a.qcow2");
+    let (grow, shrink) =
+        (milliseconds("resize a.qcow2 60M --quiet"), milliseconds("resize a.qcow2 8M --shrink --quiet"));
     let mut killed = 0;
     for round in 0..16_u64 {
         bench.copy("fresh.qcow2", "a.qcow2");
-        killed += u32::from(bench.kill_after("resize a.qcow2 60M", 3 + round * round * 3));
+        killed += u32::from(bench.kill_after("resize a.qcow2 60M", grow * round / 16));
         let grown = bench.info("a.qcow2")["virtual-size"] == 60 * MIB;
         bench.is_after_a_crash("a.qcow2", if grown { "large.raw" } else { "small.raw" });
         bench.cowgate("resize a.qcow2 60M --quiet");
         bench.is_after_a_crash("a.qcow2", "large.raw");
-        killed += u32::from(bench.kill_after("resize a.qcow2 8M --shrink", 3 + round * 3));
+        killed += u32::from(bench.kill_after("resize a.qcow2 8M --shrink", shrink * round / 16));
         let shrunk = bench.info("a.qcow2")["virtual-size"] == 8 * MIB;
         bench.is_after_a_crash("a.qcow2", if shrunk { "small.raw" } else { "large.raw" });
         bench.cowgate("resize a.qcow2 8M --shrink --quiet");

@@ -84,7 +84,7 @@ fn operations_are_counted_whatever_they_do() {
     let daemon = daemon("iopslimit = 40");
     let mut client = client(&daemon);
     type Ask = fn(&mut Nbd);
-    let kinds: [Ask; 4] = [
+    let kinds: [Ask; 5] = [
         |c| drop(c.read(0, 512).unwrap()),
         |c| c.write(0, &[1; 512]).unwrap(),
         |c| {
@@ -94,6 +94,11 @@ fn operations_are_counted_whatever_they_do() {
         |c| {
             c.send(FLUSH, 0, 0, &[]).unwrap();
             assert_eq!(c.error().unwrap(), 0);
+        },
+        |c| {
+            // refused: outside the disk
+            c.send(READ, u64::MAX - 511, 512, &[]).unwrap();
+            assert_ne!(c.error().unwrap(), 0);
         },
     ];
     for ask in kinds {

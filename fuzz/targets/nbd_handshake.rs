@@ -52,10 +52,13 @@ fn talk(server: u8, stream: &[u8], piece: usize) -> Talk {
             }
             Step::Export { name, .. } => handshake.export(export(name)),
             Step::Contexts { name, beyond_base } => handshake.contexts(contexts(name, *beyond_base)),
-            Step::List => handshake.list(Ok(vec![
-                Listed { name: "disk".into(), description: Some("words".into()) },
-                Listed { name: String::new(), description: None },
-            ])),
+            Step::List => {
+                handshake.listed([
+                    Listed { name: "disk".into(), description: Some("words".into()) },
+                    Listed { name: String::new(), description: None },
+                ]);
+                handshake.list(Ok(()));
+            }
             Step::StartTls => handshake.tls_started(),
             Step::Transmission(agreed) => {
                 agreed_well(agreed);

@@ -10,6 +10,7 @@ use super::plan::Plan;
 use super::service::{Export, LOCK_TIMEOUT};
 use crate::image::{FileId, Gate};
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -129,10 +130,12 @@ impl Registry {
         self.table().exports.get(name).cloned()
     }
 
-    /// The names of all exports, sorted, and their descriptions.
-    pub fn names(&self) -> Vec<(String, Option<String>)> {
-        let describe = |(name, entry): (&String, &Entry)| (name.clone(), entry.export.config().description.clone());
-        self.table().exports.iter().map(describe).collect()
+    /// The first `most` exports whose names come behind this one, sorted by name; `None`: from the beginning.
+    pub fn after(&self, name: Option<&str>, most: usize) -> Vec<Arc<Export>> {
+        let from = name.map_or(Bound::Unbounded, Bound::Excluded);
+        let table = self.table();
+        let behind = table.exports.range::<str, _>((from, Bound::Unbounded));
+        behind.take(most).map(|(_, entry)| Arc::clone(&entry.export)).collect()
     }
 
     /// All exports, sorted by name.

@@ -99,7 +99,7 @@ pub enum Step {
         /// Contexts beyond `base:allocation` are asked for.
         beyond_base: bool,
     },
-    /// Answer with [`Handshake::list`].
+    /// Answer with any number of [`Handshake::listed`] and one [`Handshake::list`].
     List,
     /// Encrypt the connection, then say so with [`Handshake::tls_started`].
     StartTls,
@@ -336,19 +336,23 @@ impl Handshake {
         }
     }
 
-    /// Answers [`Step::List`] with all exports. Panics when that was not the latest step.
-    pub fn list(&mut self, answer: Result<Vec<Listed>, Refusal>) {
+    /// Names some of the exports that [`Step::List`] asks for; there may be too many for one output. Panics when that was
+    /// not the latest step.
+    pub fn listed(&mut self, exports: impl IntoIterator<Item = Listed>) {
+        assert!(matches!(self.phase, Phase::Asked(Question::List)), "an answer follows its question");
+        for Listed { name, description } in exports {
+            let words = description.unwrap_or_default();
+            let len = (name.len() as u32).to_be_bytes();
+            self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &[&len, name.as_bytes(), words.as_bytes()]);
+        }
+    }
+
+    /// Ends the answer to [`Step::List`]. Panics when that was not the latest step.
+    pub fn list(&mut self, end: Result<(), Refusal>) {
         assert!(matches!(self.phase, Phase::Asked(Question::List)), "an answer follows its question");
         self.phase = Phase::Option;
-        match answer {
-            Ok(exports) => {
-                for Listed { name, description } in exports {
-                    let words = description.unwrap_or_default();
-                    let len = (name.len() as u32).to_be_bytes();
-                    self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &[&len, name.as_bytes(), words.as_bytes()]);
-                }
-                self.reply(NBD_OPT_LIST, NBD_REP_ACK, &[]);
-            }
+        match end {
+            Ok(()) => self.reply(NBD_OPT_LIST, NBD_REP_ACK, &[]),
             Err(refusal) => self.refuse(NBD_OPT_LIST, &refusal),
         }
     }

@@ -89,6 +89,11 @@ impl Nbd {
         Ok(())
     }
 
+    /// Asks for the names of all exports and takes no answer.
+    pub fn ask_for_list(&mut self) {
+        self.option(OPT_LIST, &[]);
+    }
+
     /// The names of all exports.
     pub fn list(&mut self) -> Vec<String> {
         self.option(OPT_LIST, &[]);

@@ -39,7 +39,11 @@ fn drive(h: &mut Handshake) -> Step {
             Step::Export { name, .. } if name == "secret" => h.export(Err(Refusal::Policy("no".into()))),
             Step::Export { name, .. } => h.export(Err(Refusal::Unknown(format!("no export {name}")))),
             Step::Contexts { name, beyond_base } => h.contexts(contexts(&name, beyond_base)),
-            Step::List => h.list(Ok(vec![listed("disk", Some("a disk")), listed("", None)])),
+            Step::List => {
+                h.listed([listed("disk", Some("a disk"))]);
+                h.listed([listed("", None)]);
+                h.list(Ok(()));
+            }
             step => return step,
         }
     }
@@ -427,7 +431,10 @@ fn observe(stream: &[u8], pieces: &[usize]) -> (Vec<u8>, Vec<Step>, Vec<u8>) {
             Step::Export { ref name, .. } if name == "disk" => h.export(Ok(info())),
             Step::Export { .. } => h.export(Err(Refusal::Unknown("none".into()))),
             Step::Contexts { ref name, beyond_base } => h.contexts(contexts(name, beyond_base)),
-            Step::List => h.list(Ok(vec![listed("disk", None)])),
+            Step::List => {
+                h.listed([listed("disk", None)]);
+                h.list(Ok(()));
+            }
             Step::StartTls => h.tls_started(),
             Step::Transmission(_) | Step::Close(_) => {
                 steps.push(step);

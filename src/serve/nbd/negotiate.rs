@@ -26,6 +26,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tracing::warn;
 
+/// Exports listed with one call.
+const LIST_PORTION: usize = 64;
 /// Bytes received with one call.
 const RECEIVE_BYTES: usize = 4096;
 
@@ -97,7 +99,10 @@ pub(super) async fn negotiate(
             Step::Contexts { name, beyond_base } => {
                 handshake.contexts(contexts(context, &guest, &name, beyond_base).await);
             }
-            Step::List if context.list_allowed.load(Ordering::Relaxed) => handshake.list(Ok(list(context, &guest))),
+            Step::List if context.list_allowed.load(Ordering::Relaxed) => {
+                list(context, &guest, &mut wire, &mut handshake).await?;
+                handshake.list(Ok(()));
+            }
             Step::List => handshake.list(Err(Refusal::Policy("listing exports is turned off on this server".into()))),
             Step::StartTls => {
                 guest.tls = Some(Arc::new(wire.start_tls(&offer).await?));
@@ -206,12 +211,19 @@ async fn contexts(context: &Context, guest: &Guest, name: &str, beyond_base: boo
     Ok(offered.into_iter().map(|context| context.name).collect())
 }
 
-/// The exports that this client may use, as far as TLS decides that.
-fn list(context: &Context, guest: &Guest) -> Vec<Listed> {
-    let may_use = |config: &ExportConfig| tls::admit(&config.tls, guest.tls.as_deref()).is_ok();
-    let listed = |config: &ExportConfig| Listed { name: config.name.clone(), description: config.description.clone() };
-    let exports = context.registry.entries().into_iter().map(|entry| Arc::clone(entry.export.config()));
-    exports.filter(|config| may_use(config)).map(|config| listed(&config)).collect()
+/// Lists the exports that this client may use, as far as TLS decides that. A client that takes no replies keeps a portion of
+/// the list in memory, not all of it.
+async fn list(context: &Context, guest: &Guest, wire: &mut Wire<'_>, handshake: &mut Handshake) -> Result<(), NoDeal> {
+    let mut last: Option<String> = None;
+    loop {
+        let exports = context.registry.after(last.as_deref(), LIST_PORTION);
+        let Some(end) = exports.last() else { return Ok(()) };
+        last = Some(end.config().name.clone());
+        let mine = exports.iter().map(|export| export.config());
+        let mine = mine.filter(|config| tls::admit(&config.tls, guest.tls.as_deref()).is_ok());
+        handshake.listed(mine.map(|c| Listed { name: c.name.clone(), description: c.description.clone() }));
+        wire.send(&handshake.take_output()).await?;
+    }
 }
 
 /// The export of this name, if it is for this client. One that is not there yet is looked for in the configuration before

@@ -168,6 +168,9 @@ impl<'a> Reader<'a> {
     }
 
     async fn refuse(&mut self, header: Header, e: Errno) -> Result<(), End> {
+        // what is swallowed was moved, too
+        let cost = if header.payload { Cost::data(header.payload_len() as u64) } else { Cost::OPERATION };
+        self.pay(cost).await?;
         let permit = self.permit(0).await?;
         self.skip(header.payload_len()).await?;
         Ticket::new(self.session, &header, permit).fail(e);
