@@ -147,7 +147,7 @@ fn places_are_limited_and_idle_handshakes_make_room() {
     let daemon = daemon("maxclients = 20", "");
     let mut clients: Vec<Nbd> = (0..20).map(|_| client(&daemon, "disk")).collect();
     assert!(ends_after(&mut silent(&daemon)) < PATIENCE, "there is no place");
-    assert!(daemon.log().contains("too many clients"));
+    daemon.wait_for("the log", || daemon.log().contains("too many clients"));
     clients.truncate(10);
     daemon.wait_for("places", || daemon.log().matches("client left").count() >= 10);
     // many times more handshakes than places, all of them kept open by their clients
@@ -342,7 +342,7 @@ fn who_takes_no_replies_keeps_no_memory_that_others_need() {
         assert_eq!(well.read(0, 32 << 20).unwrap().len(), 32 << 20);
         assert!(daemon.resident_bytes() < before + MEMORY_BYTES);
     }
-    assert!(daemon.log().contains("kept memory that others waited for"));
+    daemon.wait_for("the log", || daemon.log().contains("kept memory that others waited for"));
     drop(deaf);
     drop(daemon.stop());
 }
@@ -370,7 +370,7 @@ fn who_trickles_a_payload_keeps_no_memory_that_others_need() {
         assert_eq!(well.error().unwrap(), 0);
         assert!(daemon.resident_bytes() < before + MEMORY_BYTES);
     }
-    assert!(daemon.log().contains("kept memory that others waited for"));
+    daemon.wait_for("the log", || daemon.log().contains("kept memory that others waited for"));
     drop(daemon.stop());
     trickle.join().unwrap();
 }

@@ -272,7 +272,7 @@ fn a_server_may_require_it_of_everybody() {
     setup.export("disk", &image, "");
     setup.export("plain", &image, "tls = off");
     let daemon = setup.start();
-    assert!(daemon.log().contains("refused: [plain] it is to be served without TLS"), "{}", daemon.log());
+    daemon.wait_for("the log", || daemon.log().contains("refused: [plain] it is to be served without TLS"));
     for uri in [daemon.tcp("disk"), daemon.uri("disk")] {
         let why = refused(&uri);
         assert!(why.contains("TLS"), "{why}");
@@ -312,7 +312,7 @@ fn a_server_without_tls_says_so() {
     setup.export("disk", &image, "");
     setup.export("must", &image, "tls = required");
     let daemon = setup.start();
-    assert!(daemon.log().contains("[must] it is to be served with TLS only"), "{}", daemon.log());
+    daemon.wait_for("the log", || daemon.log().contains("[must] it is to be served with TLS only"));
     assert_eq!(daemon.names(), ["disk"]);
     refused(&nbds(&daemon, "disk", &trusted));
     refused(&daemon.tcp("must"));
@@ -352,7 +352,7 @@ fn clients_show_certificates() {
             refused(&nbds(&daemon, export, strange));
         }
     }
-    assert!(daemon.log().matches("TLS handshake failed").count() >= 10, "{}", daemon.log());
+    daemon.wait_for("the log", || daemon.log().matches("TLS handshake failed").count() >= 10);
     for known in [&alice, &bob, &named] {
         assert_eq!(listed(&nbds(&daemon, "", known)), ["all", "some"]);
         accepted(&nbds(&daemon, "some", known));
@@ -413,7 +413,7 @@ fn a_list_that_is_out_of_date_lets_nobody_in() {
     setup.export("disk", &image, "");
     let alice = authority.directory(&dir, "alice", Some(&authority.client("alice")));
     let daemon = setup.start();
-    assert!(daemon.log().contains("was to be replaced by"), "{}", daemon.log());
+    daemon.wait_for("the log", || daemon.log().contains("was to be replaced by"));
     refused(&nbds(&daemon, "disk", &alice));
     fs::write(dir.join("crl.pem"), authority.revokes(&[], 4000)).unwrap();
     daemon.reload();
@@ -566,7 +566,7 @@ w.request(DISC)
 assert w.closed()
 "#,
     );
-    assert!(daemon.log().contains("in clear text behind NBD_OPT_STARTTLS"), "{}", daemon.log());
+    daemon.wait_for("the log", || daemon.log().contains("in clear text behind NBD_OPT_STARTTLS"));
     let (dir, _) = daemon.stop();
     qemu::check(&dir.path().join("disk.qcow2"));
 }
