@@ -13,6 +13,7 @@ use crate::export::tls_keys::{ExportTls, Subject, TlsMode};
 use crate::qcow2::compress::Compression;
 use std::fmt::Write;
 use std::path::Path;
+use std::time::Duration;
 
 /// Why an export cannot be written as a group of a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,7 +117,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         group.text("snapshot", snapshot);
     }
     if let Some(time) = lock_timeout {
-        group.line("locktimeout", time.as_secs_f64());
+        group.line("locktimeout", seconds(time));
     }
     if let Some(path) = auth_file {
         group.path("authfile", path)?;
@@ -144,7 +145,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         group.line("iopslimit", rate);
     }
     if let Some(time) = idle_timeout {
-        group.line("idletimeout", time.as_secs_f64());
+        group.line("idletimeout", seconds(time));
     }
     match mode {
         TlsMode::Off => group.line("tls", "off"),
@@ -231,6 +232,12 @@ fn escaped(text: &str) -> String {
         }
     }
     out
+}
+
+/// A time to the millisecond, in decimal: a binary fraction would have more digits than are read back.
+fn seconds(time: &Duration) -> String {
+    let text = format!("{}.{:03}", time.as_secs(), time.subsec_millis());
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]
@@ -443,6 +450,14 @@ mod tests {
 
     fn parsed(text: &str) -> config::Parsed {
         config::parse(text.as_bytes(), Path::new("/etc/cowgate/conf.d/a.conf"), Role::Included)
+    }
+
+    #[test]
+    fn times_have_no_more_digits_than_are_read() {
+        let times = [(7637, "7.637"), (2500, "2.5"), (10_000, "10"), (0, "0"), (1, "0.001")];
+        for (ms, text) in times {
+            assert_eq!(seconds(&Duration::from_millis(ms)), text);
+        }
     }
 
     proptest! {
