@@ -231,13 +231,6 @@ fn temporary_layers() {
 
 const TIB: u64 = 1 << 40;
 
-/// Runs a program with the protocol byte by byte, see `clients/wire.py`.
-fn wire(daemon: &Daemon, program: &str) -> String {
-    let prelude = format!("unix, port, pid = {:?}, {}, {}\n", daemon.socket(), daemon.port(), daemon.pid());
-    let program = prelude + include_str!("clients/wire.py") + program;
-    qemu::run(Command::new("/usr/bin/python3").args(["-c", &program]))
-}
-
 /// Zeroes 1 TiB in one request, with data around both ends and in the middle, by QEMU and by hand; another client of the
 /// same worker gets its answers meanwhile, and little memory is taken. Returns the directory.
 fn a_tebibyte(prepare: impl FnOnce(&Setup) -> PathBuf, export: &str) -> (std::sync::Arc<tempfile::TempDir>, PathBuf) {
@@ -285,7 +278,7 @@ over = True
 thread.join()
 w.request64(DISC)
 "#;
-    let told = wire(&daemon, zero);
+    let told = daemon.wire(zero);
     println!("answers meanwhile: {told}");
     let grown = daemon.resident_bytes().saturating_sub(before);
     assert!(grown < 200 << 20, "{grown} bytes");
@@ -355,7 +348,7 @@ fn what_cannot_be_reserved_is_refused_before_anything_is() {
             "w = Wire()\nw.extended({export:?})\nw.request64(ZEROES, 5, {length}, NO_HOLE)\n\
              kind, payload = w.chunks()[0]\nassert kind == ERROR and payload[:4] == b'\\0\\0\\0\\x1c', (kind, payload)\n"
         );
-        wire(&daemon, &program);
+        daemon.wire(&program);
     }
     for (path, before) in [&image, &file].into_iter().zip(before) {
         assert!(stored(path) < before + (1 << 20), "{}", path.display());

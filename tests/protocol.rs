@@ -3,18 +3,11 @@
 
 mod common;
 
-use common::daemon::{Daemon, Setup};
+use common::daemon::Setup;
 use common::qemu;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Command;
-
-/// Runs a program that speaks the protocol itself.
-fn wire(daemon: &Daemon, program: &str) {
-    let (socket, port, pid) = (daemon.socket(), daemon.port(), daemon.pid());
-    let prelude = format!("unix, port, pid = {socket:?}, {port}, {pid}\n{}", include_str!("clients/wire.py"));
-    qemu::run(Command::new("/usr/bin/python3").args(["-c", &(prelude + program)]));
-}
 
 fn qemu_io(image: &Path, command: &str) {
     qemu::run(Command::new("qemu-io").args(["-f", "qcow2", "-c", command]).arg(image));
@@ -27,7 +20,7 @@ fn with_disk(size: &str, prepare: &str, program: &str) {
     qemu_io(&image, prepare);
     setup.export("disk", &image, "description = the disk of a test");
     let daemon = setup.start();
-    wire(&daemon, program);
+    daemon.wire(program);
     let (_dir, log) = daemon.stop();
     assert!(!log.contains("panicked"), "{log}");
     qemu::check(&image);
@@ -235,8 +228,8 @@ for start in (lambda w: w.go(), lambda w: w.go(structured=True)):
     assert w.closed()
 w = Wire()
 w.extended()
-w.request64(DISC)
-w.request64(ZEROES, 0, 4096)
+head = lambda kind, length: struct.pack(">IHHQQQ", 0x21E41C71, 0, kind, 9, 0, length)
+w.send(head(DISC, 0) + head(ZEROES, 4096))
 assert w.closed()
 w = Wire().go()
 cookie = w.request(READ, 0, 4096)
@@ -271,8 +264,7 @@ fn an_error_in_a_large_request_has_its_place() {
     drop(file);
     setup.export("disk", &image, "readonly = true");
     let daemon = setup.start();
-    wire(
-        &daemon,
+    daemon.wire(
         r#"
 M = 1 << 20
 def failed(chunks):
@@ -309,8 +301,6 @@ fn a_server_that_stops_says_so() {
         let image = setup.image("disk.qcow2", "", "1M");
         setup.export("disk", &image, "");
         let daemon = setup.start();
-        let (socket, pid) = (daemon.socket(), daemon.pid());
-        let prelude = format!("unix, port, pid = {socket:?}, 0, {pid}\n{}", include_str!("clients/wire.py"));
         let program = r#"
 import signal
 plain, wide, talking = Wire().go(), Wire(), Wire()
@@ -338,7 +328,7 @@ threads = [threading.Thread(target=ask, args=each) for each in enumerate(request
 [t.join() for t in threads]
 print(all(said))
 "#;
-        let said = qemu::run(Command::new("/usr/bin/python3").args(["-c", &(prelude + program)]));
+        let said = daemon.wire(program);
         let (_dir, log) = daemon.stop();
         assert!(!log.contains("panicked"), "{log}");
         qemu::check(&image);

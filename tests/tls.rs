@@ -500,16 +500,8 @@ fn reload(daemon: &Daemon) -> String {
 /// Runs a program that speaks NBD byte by byte, and TLS by Python's own library.
 #[track_caller]
 fn wire(daemon: &Daemon, trusted: &Path, program: &str) {
-    let head = format!(
-        "unix, port, pid, trusted = {:?}, {}, {}, {:?}\n",
-        daemon.socket(),
-        daemon.port(),
-        daemon.pid(),
-        trusted.join("ca-cert.pem")
-    );
-    let wire = include_str!("clients/wire.py");
-    let tls = include_str!("clients/wire_tls.py");
-    qemu::run(Command::new("/usr/bin/python3").args(["-c", &format!("{head}{wire}\n{tls}\n{program}")]));
+    let head = format!("trusted = {:?}", trusted.join("ca-cert.pem"));
+    daemon.wire(&format!("{head}\n{}\n{program}", include_str!("clients/wire_tls.py")));
 }
 
 #[test]

@@ -253,6 +253,21 @@ impl Daemon {
         );
         qemu::run(Command::new("/usr/bin/python3").args(["-c", &(prelude + program)]))
     }
+
+    /// Runs a Python program that speaks the protocol byte by byte, see `clients/wire.py`.
+    #[track_caller]
+    pub fn wire(&self, program: &str) -> String {
+        qemu::run(&mut self.wire_command(program))
+    }
+
+    /// The command that runs such a program.
+    pub fn wire_command(&self, program: &str) -> Command {
+        let wire = include_str!("../clients/wire.py");
+        let head = format!("unix, port, pid = {:?}, {}, {}", self.socket(), self.port(), self.pid());
+        let mut command = Command::new("/usr/bin/python3");
+        command.args(["-c", &format!("{head}\n{wire}\n{program}")]);
+        command
+    }
 }
 
 impl Drop for Daemon {
