@@ -7,8 +7,9 @@ use common::certs::{Authority, Certificate, secret};
 use common::daemon::{Daemon, Setup};
 use common::qemu;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A server's keys in `[generic]`, and its certificate in the daemon's directory.
 fn with_tls(setup: Setup, authority: &Authority, more: &str) -> Setup {
@@ -754,4 +755,70 @@ fn what_is_wrong_is_said_with_a_remedy() {
         Command::new(env!("CARGO_BIN_EXE_cowgate")).args(["serve", "-p", "none", "-c"]).arg(path("config")),
     );
     assert!(!out.status.success() && qemu::text(&out.stderr).contains("none.pem: this file cannot be read"));
+}
+
+#[test]
+fn the_kernel_makes_and_opens_the_records() {
+    // the tests above that send most, again, in a guest whose kernel does that
+    let again = [
+        "libnbd_copies_in_and_out",
+        "qemu_writes_and_reads",
+        "many_requests_at_a_time_keep_their_data",
+        "damage_in_the_middle_ends_that_connection_only",
+        "what_is_negotiated_in_clear_text_is_worth_nothing",
+        "certificates_may_be_shown_but_need_not_be",
+        "the_kernel_can_be_left_out",
+    ];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut vm = Command::new(root.join("tools/vm/run"));
+    vm.args(["--kernel", "newest", "--memory", "3072", "--timeout", "900", "env", "TMPDIR=/run"]);
+    vm.arg(std::env::current_exe().unwrap()).args(["--include-ignored", "--test-threads=2", "--exact"]).args(again);
+    let said = qemu::run(&mut vm);
+    assert!(said.contains(&format!("test result: ok. {} passed", again.len())), "{said}");
+}
+
+#[test]
+#[ignore = "runs in the guest that the test above starts"]
+fn the_kernel_can_be_left_out() {
+    for (key, by_kernel) in [("ktls = true", true), ("ktls = false", false)] {
+        let authority = Authority::new("ca");
+        let setup = with_tls(Setup::new(), &authority, key);
+        let trusted = authority.directory(setup.dir(), "trusted", None);
+        let (source, _) = content(setup.dir(), 4 << 20);
+        let image = setup.image("disk.qcow2", "", "4M");
+        setup.export("disk", &image, "");
+        let daemon = setup.start();
+        // who says so: the log, the control API, the kernel's own counters
+        for (uri, expected) in
+            [(nbds(&daemon, "disk", &trusted), by_kernel), (nbds_unix(&daemon, "disk", &trusted), false)]
+        {
+            let before = kernel_sockets();
+            let mut io = Command::new("/usr/bin/python3");
+            io.args(["-c", "import nbd, sys\nh = nbd.NBD()\nh.set_uri_allow_local_file(True)\nh.connect_uri(sys.argv[1])\nprint(flush=True)\ninput()"]);
+            let mut io = io.arg(&uri).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            BufReader::new(io.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+            let status = qemu::run(
+                Command::new(env!("CARGO_BIN_EXE_cowgate"))
+                    .args(["export", "show", "disk", "--json", "--control"])
+                    .arg(daemon.control()),
+            );
+            let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+            assert_eq!(status["current"]["clients"][0]["tls"]["kernel"], expected, "{status}");
+            assert_eq!(kernel_sockets() - before, u64::from(expected), "{uri}");
+            drop(io.stdin.take());
+            io.wait().unwrap();
+            qemu::run(Command::new("nbdcopy").arg(&source).arg(&uri));
+        }
+        let (dir, log) = daemon.stop();
+        assert_eq!(log.contains("(kernel)"), by_kernel, "{log}");
+        assert_eq!(log.contains("records of TLS 1.3 over TCP by the kernel"), by_kernel, "{log}");
+        qemu::same_content(&dir.path().join("disk.qcow2"), &source);
+    }
+}
+
+/// Sockets for which the kernel opens records now.
+fn kernel_sockets() -> u64 {
+    let all = fs::read_to_string("/proc/net/tls_stat").unwrap();
+    let line = all.lines().find(|line| line.starts_with("TlsCurrRxSw")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

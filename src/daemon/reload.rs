@@ -101,7 +101,11 @@ impl Reload {
             status: String::new(),
             concluded: false,
         };
-        let pass = Pass { tls: Some(offer), ..reload.take(loaded) };
+        let pass = reload.take(loaded);
+        if offer.acceptor.is_some() {
+            info!("TLS: {}", offer.describe());
+        }
+        let pass = Pass { tls: Some(offer), ..pass };
         // the start itself says so
         reload.concluded = false;
         Ok((reload, server, pass))

@@ -151,6 +151,8 @@ pub struct TlsStatus {
     pub version: String,
     /// The cipher suite by its registered name.
     pub cipher: String,
+    /// Whether the kernel encrypts and decrypts, not the daemon.
+    pub kernel: bool,
     /// The distinguished name (RFC 4514) in the client's certificate; missing when it has shown none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subject: Option<String>,
@@ -161,6 +163,7 @@ impl From<&Encrypted> for TlsStatus {
         TlsStatus {
             version: tls.version.to_owned(),
             cipher: tls.cipher.clone(),
+            kernel: tls.kernel,
             subject: tls.identity.as_ref().map(|identity| identity.subject.clone()),
         }
     }

@@ -8,12 +8,12 @@ use super::config::ServerConfig;
 use super::load::{Content, Stamps, any_fresh, read, unchanged};
 use super::problem::{Problem, Severity};
 use super::tls_keys::{ExportTls, Subject, TlsKeys, TlsMode, Verify, Versions};
-use crate::ring::tls::{Acceptor, Secured};
+use crate::ring::tls::{Acceptor, Secured, kernel};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{RootCertStore, ServerConfig as RustlsConfig, SupportedProtocolVersion, version};
+use rustls::{CipherSuite, RootCertStore, ServerConfig as RustlsConfig, SupportedProtocolVersion, version};
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -33,6 +33,8 @@ pub struct Offer {
     pub mode: TlsMode,
     /// `None`: there is no TLS.
     pub acceptor: Option<Acceptor>,
+    /// Who makes and opens the records, for people.
+    records: String,
     /// The keys it was made from.
     keys: TlsKeys,
     /// What its files looked like.
@@ -54,7 +56,8 @@ impl Offer {
     pub fn describe(&self) -> String {
         match (&self.keys.key, self.mode) {
             (Some(key), TlsMode::On | TlsMode::Required) => {
-                format!("certificate {}", self.keys.certificate.as_ref().unwrap_or(key).display())
+                let certificate = self.keys.certificate.as_ref().unwrap_or(key).display();
+                format!("certificate {certificate}, records {}", self.records)
             }
             _ => "none".to_owned(),
         }
@@ -94,22 +97,38 @@ pub struct LoadedTls {
 pub fn load(server: &ServerConfig, base: &Path) -> LoadedTls {
     let keys = &server.tls;
     let mut files = Files { base, stamps: Stamps::new(), problems: Vec::new() };
-    let acceptor = match (keys.mode, &keys.key) {
+    let config = match (keys.mode, &keys.key) {
         (TlsMode::Off, _) | (_, None) => Ok(None),
-        (_, Some(key)) => acceptor(keys, key, &mut files).map(Some),
+        (_, Some(key)) => config(keys, key, &mut files).map(Some),
     };
     let Files { stamps, mut problems, .. } = files;
     let fresh = any_fresh(&stamps);
     let recent = if fresh { stamps.clone() } else { Stamps::new() };
-    match acceptor {
-        Ok(acceptor) => {
-            let offer = Offer { mode: keys.mode, acceptor, keys: keys.clone(), stamps };
+    match config {
+        Ok(config) => {
+            let (suites, records) = match config.is_some() && !keys.without_kernel {
+                true => records(kernel::suites()),
+                false => (Vec::new(), HERE.to_owned()),
+            };
+            let acceptor = config.map(|config| Acceptor::new(config, suites));
+            let offer = Offer { mode: keys.mode, acceptor, records, keys: keys.clone(), stamps };
             LoadedTls { offer: Some(Arc::new(offer)), problems, unsettled: false, recent }
         }
         Err(problem) => {
             problems.push(*problem);
             LoadedTls { offer: None, problems, unsettled: fresh, recent }
         }
+    }
+}
+
+/// Where records are made that the kernel does not make.
+const HERE: &str = "in this process";
+
+/// The cipher suites whose records the kernel makes, and who makes which, for people.
+fn records(suites: Result<Vec<CipherSuite>, kernel::Reason>) -> (Vec<CipherSuite>, String) {
+    match suites {
+        Ok(suites) => (suites, "of TLS 1.3 over TCP by the kernel".to_owned()),
+        Err(reason) => (Vec::new(), format!("{HERE}: {reason}")),
     }
 }
 
@@ -192,7 +211,7 @@ impl Files<'_> {
     }
 }
 
-fn acceptor(keys: &TlsKeys, key_file: &Path, files: &mut Files<'_>) -> Result<Acceptor, Box<Problem>> {
+fn config(keys: &TlsKeys, key_file: &Path, files: &mut Files<'_>) -> Result<RustlsConfig, Box<Problem>> {
     let (cert_key, cert_file) = match &keys.certificate {
         Some(path) => ("certfile", path.as_path()),
         None => ("keyfile", key_file),
@@ -221,7 +240,7 @@ fn acceptor(keys: &TlsKeys, key_file: &Path, files: &mut Files<'_>) -> Result<Ac
     // A session taken up again would go by what was checked when it began, and connections live long.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Acceptor::new(config))
+    Ok(config)
 }
 
 fn versions(wanted: Versions) -> Vec<&'static SupportedProtocolVersion> {
@@ -353,6 +372,8 @@ pub struct Encrypted {
     pub version: &'static str,
     /// The cipher suite by its registered name.
     pub cipher: String,
+    /// The kernel makes and opens the records.
+    pub kernel: bool,
     /// Whom the client's certificate is about, if it has shown one.
     pub identity: Option<Identity>,
 }
@@ -363,6 +384,7 @@ impl Encrypted {
         Encrypted {
             version: secured.version,
             cipher: secured.cipher.clone(),
+            kernel: secured.kernel,
             identity: secured.certificate.as_deref().map(Identity::of),
         }
     }
@@ -370,7 +392,8 @@ impl Encrypted {
 
 impl fmt::Display for Encrypted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.version, self.cipher)?;
+        let kernel = if self.kernel { " (kernel)" } else { "" };
+        write!(f, "{} {}{kernel}", self.version, self.cipher)?;
         match &self.identity {
             Some(identity) => write!(f, " {identity}"),
             None => Ok(()),

@@ -68,6 +68,8 @@ pub struct TlsKeys {
     pub verify: Option<Verify>,
     /// The versions offered.
     pub versions: Versions,
+    /// The kernel may not take connections over.
+    pub without_kernel: bool,
 }
 
 impl TlsKeys {
@@ -114,6 +116,7 @@ impl<'a> Draft<'a> {
                 self.keys.verify = verify(at, reader);
             }
             "tlsprio" => self.keys.versions = priority(at, reader),
+            "ktls" => self.keys.without_kernel = reader.boolean(at) == Some(false),
             _ => return false,
         }
         true

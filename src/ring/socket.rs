@@ -5,6 +5,7 @@
 //!
 //! A stream may be encrypted midway ([`Stream::start_tls`]); who reads and writes it sees no difference.
 
+use super::tls::kernel::{self, Kernel};
 use super::tls::{Acceptor, Handshake, Secured, Session};
 use futures_util::FutureExt;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sendmsg, setsockopt, sockopt};
@@ -17,6 +18,8 @@ use std::os::unix::net as unix;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// What a reader waits for: also an error alone, as when the kernel cannot open a TLS record.
+const RECEIVABLE: Interest = Interest::READABLE.add(Interest::ERROR);
 /// Silence on a TCP connection after which the peer is asked for a sign of life, in seconds.
 const KEEPALIVE_IDLE: u32 = 60;
 /// Seconds between further questions.
@@ -73,9 +76,20 @@ pub struct Stream {
 /// TLS on top of the socket.
 #[derive(Debug)]
 struct Tls {
-    session: RefCell<Session>,
+    layer: RefCell<Layer>,
     /// Once the handshake is over.
     secured: OnceCell<Secured>,
+}
+
+/// Who makes and opens the records.
+#[derive(Debug)]
+enum Layer {
+    /// We do.
+    Session(Box<Session>),
+    /// The kernel does.
+    Kernel(Box<Kernel>),
+    /// Nobody: the kernel was to take over, and did not.
+    Nobody,
 }
 
 /// The other end of a connection.
@@ -134,19 +148,28 @@ impl Stream {
 
     /// Encrypts the connection from here on: [`Stream::try_handshake`] is next, before anything is read or written.
     pub fn start_tls(&self, acceptor: &Acceptor) -> io::Result<()> {
-        let session = RefCell::new(Session::new(acceptor)?);
-        let tls = Box::new(Tls { session, secured: OnceCell::new() });
+        let layer = RefCell::new(Layer::Session(Box::new(Session::new(acceptor)?)));
+        let tls = Box::new(Tls { layer, secured: OnceCell::new() });
         self.tls.set(tls).map_err(|_| io::Error::other("TLS was started already"))
     }
 
     /// Goes on with the TLS handshake as far as the socket allows; says what to wait for.
     pub fn try_handshake(&self) -> io::Result<Handshake> {
         let Some(tls) = self.tls.get() else { return Err(io::Error::other("TLS was not started")) };
-        let mut session = tls.session.borrow_mut();
+        let mut layer = tls.layer.borrow_mut();
+        let Layer::Session(session) = &mut *layer else { return Err(io::Error::other("the handshake is over")) };
         let progress = session.handshake(|buf| self.recv(buf), |bytes| self.send(&[IoSlice::new(bytes)]))?;
         if progress == Handshake::Done {
+            let mut secured = session.secured();
+            // a Unix socket says no here, and so does a kernel that has lost its module meanwhile
+            secured.kernel = session.is_for_kernel() && kernel::prepare(self.as_fd()).is_ok();
+            if secured.kernel
+                && let Layer::Session(session) = std::mem::replace(&mut *layer, Layer::Nobody)
+            {
+                *layer = Layer::Kernel(Box::new(session.into_kernel(self.as_fd())?));
+            }
             // nothing of it changes later
-            let _ = tls.secured.set(session.secured());
+            let _ = tls.secured.set(secured);
         }
         Ok(progress)
     }
@@ -158,27 +181,42 @@ impl Stream {
 
     /// Reads what is there; 0 is the end of the stream. Errors: WouldBlock when nothing is, then [`Stream::readable`].
     pub fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        match self.tls.get() {
-            None => self.recv(buf),
-            Some(tls) => tls.session.borrow_mut().read(|buf| self.recv(buf), buf),
+        let Some(tls) = self.tls.get() else { return self.recv(buf) };
+        match &mut *tls.layer.borrow_mut() {
+            Layer::Session(session) => session.read(|buf| self.recv(buf), buf),
+            // a short count means little there: a record of another type may be next
+            Layer::Kernel(kernel) => self.when_receivable(|fd| kernel.read(fd, buf)),
+            Layer::Nobody => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 
     /// Takes bytes off the socket that nobody will look at, whatever they are; 0 is the end of the stream. Errors: as
     /// [`Stream::try_read`].
     pub fn try_forget(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.recv(buf)
+        match self.secured() {
+            Some(secured) if secured.kernel => self.try_read(buf),
+            _ => self.recv(buf),
+        }
     }
 
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         let want = buf.len();
-        let count = self
-            .reading
-            .try_io(Interest::READABLE, |fd| retry(|| Ok(recv(fd.as_raw_fd(), buf, MsgFlags::empty())?)))?;
+        let count = self.when_receivable(|fd| retry(|| Ok(recv(fd.as_raw_fd(), buf, MsgFlags::empty())?)))?;
         if count > 0 && count < want {
             not_ready(&self.reading, Interest::READABLE);
         }
         Ok(count)
+    }
+
+    /// Does what may find nothing to receive, unless it is known that there is neither something nor an error.
+    fn when_receivable<T>(&self, mut receive: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        // one after the other, because the reactor answers for one kind of readiness at a time
+        match self.reading.try_io(Interest::READABLE, |fd| receive(fd.as_fd())) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                self.reading.try_io(Interest::ERROR, |fd| receive(fd.as_fd()))
+            }
+            outcome => outcome,
+        }
     }
 
     /// Waits until a read may succeed. May be wrong: try, and wait again.
@@ -186,10 +224,13 @@ impl Stream {
     /// Returns at once while data is there: a task that loops on this and [`Stream::try_read`] under a steady stream
     /// never rests, so it calls [`super::yield_now`] between requests.
     pub async fn readable(&self) -> io::Result<()> {
-        if self.tls.get().is_some_and(|tls| tls.session.borrow().is_ready()) {
+        if let Some(tls) = self.tls.get()
+            && let Layer::Session(session) = &*tls.layer.borrow()
+            && session.is_ready()
+        {
             return Ok(());
         }
-        self.reading.readable().await?.retain_ready();
+        self.reading.ready(RECEIVABLE).await?.retain_ready();
         Ok(())
     }
 
@@ -218,9 +259,14 @@ impl Stream {
     /// Sends what fits, in the order of the slices. Errors: WouldBlock when nothing fits, then [`Stream::writable`], and
     /// what is written next begins with the same bytes.
     pub fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self.tls.get() {
-            None => self.send(bufs),
-            Some(tls) => tls.session.borrow_mut().write(|bytes| self.send(&[IoSlice::new(bytes)]), bufs),
+        let Some(tls) = self.tls.get() else { return self.send(bufs) };
+        match &mut *tls.layer.borrow_mut() {
+            Layer::Session(session) => session.write(|bytes| self.send(&[IoSlice::new(bytes)]), bufs),
+            Layer::Kernel(kernel) => match self.writing.get() {
+                None => kernel.write(self.as_fd(), bufs),
+                Some(writing) => writing.try_io(Interest::WRITABLE, |_| kernel.write(self.as_fd(), bufs)),
+            },
+            Layer::Nobody => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 
@@ -255,7 +301,11 @@ impl Stream {
         use nix::sys::socket::{Shutdown as How, shutdown};
         if let (Some(tls), Shutdown::Write | Shutdown::Both) = (self.tls.get(), how) {
             // a courtesy: there may be nobody who hears it
-            let _ = tls.session.borrow_mut().close(|bytes| self.send(&[IoSlice::new(bytes)]));
+            let _ = match &mut *tls.layer.borrow_mut() {
+                Layer::Session(session) => session.close(|bytes| self.send(&[IoSlice::new(bytes)])),
+                Layer::Kernel(kernel) => kernel.close(self.as_fd()),
+                Layer::Nobody => Ok(()),
+            };
         }
         let how = match how {
             Shutdown::Read => How::Read,
@@ -266,6 +316,16 @@ impl Stream {
             Ok(()) | Err(nix::Error::ENOTCONN) => Ok(()),
             Err(e) => Err(e.into()),
         }
+    }
+}
+
+#[cfg(test)]
+impl Stream {
+    /// Sets after how many records the kernel gets another key.
+    pub(super) fn kernel_key_limit(&self, records: u64) {
+        let mut layer = self.tls.get().unwrap().layer.borrow_mut();
+        let Layer::Kernel(kernel) = &mut *layer else { panic!("the kernel has no keys") };
+        kernel.set_limit(records);
     }
 }
 

@@ -4,18 +4,23 @@
 //! keeps ciphertext that the socket has not taken, ciphertext that is not a whole record yet, and plaintext that nobody
 //! has taken yet, each within a limit. rustls decides what the bytes mean; this decides how many of them are in memory.
 //!
+//! With a kernel that can, the records of TLS 1.3 on TCP are its own after the handshake ([`kernel`]).
+//!
 //! Promises: whoever was told that bytes were written knows that the socket has taken all of their ciphertext; a stream
 //! that ends without close_notify is an error, never an end; after an error there is nothing but that error.
 
 mod bytes;
+pub mod kernel;
 
 use bytes::Bytes;
+use kernel::Kernel;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus};
-use rustls::{ProtocolVersion, ServerConfig};
+use rustls::{CipherSuite, ProtocolVersion, ServerConfig};
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// Ciphertext received with one call, in bytes: a few records.
@@ -42,12 +47,15 @@ thread_local! {
 #[derive(Clone)]
 pub struct Acceptor {
     config: Arc<ServerConfig>,
+    kernel: Arc<[CipherSuite]>,
 }
 
 impl Acceptor {
-    /// An acceptor with these settings.
-    pub fn new(config: ServerConfig) -> Acceptor {
-        Acceptor { config: Arc::new(config) }
+    /// An acceptor with these settings. Connections over TCP with one of the suites `kernel` are handed to the kernel;
+    /// they are those of [`kernel::suites`], or fewer.
+    pub fn new(mut config: ServerConfig, kernel: Vec<CipherSuite>) -> Acceptor {
+        config.enable_secret_extraction = !kernel.is_empty();
+        Acceptor { config: Arc::new(config), kernel: kernel.into() }
     }
 }
 
@@ -66,6 +74,8 @@ pub struct Secured {
     pub cipher: String,
     /// The client's own certificate (DER), if it has shown one: it was verified.
     pub certificate: Option<Vec<u8>>,
+    /// The kernel makes and opens the records.
+    pub kernel: bool,
 }
 
 /// How far a handshake is.
@@ -82,6 +92,8 @@ pub enum Handshake {
 /// The TLS side of one connection.
 pub(super) struct Session {
     connection: UnbufferedServerConnection,
+    /// Cipher suites for which it may be handed to the kernel.
+    kernel: Arc<[CipherSuite]>,
     /// Received ciphertext that was not looked at.
     incoming: Bytes,
     /// Where the record ends that is being received, during the handshake.
@@ -111,6 +123,7 @@ impl Session {
         let connection = UnbufferedServerConnection::new(Arc::clone(&acceptor.config)).map_err(io::Error::other)?;
         Ok(Session {
             connection,
+            kernel: Arc::clone(&acceptor.kernel),
             incoming: Bytes::default(),
             boundary: Boundary::default(),
             more: false,
@@ -175,7 +188,23 @@ impl Session {
         let cipher = suite.and_then(|suite| suite.suite().as_str().map(|name| name.replace("TLS13_", "TLS_")));
         let chain = self.connection.peer_certificates().unwrap_or_default();
         let certificate = chain.first().map(|certificate| certificate.to_vec());
-        Secured { version, cipher: cipher.unwrap_or_default(), certificate }
+        Secured { version, cipher: cipher.unwrap_or_default(), certificate, kernel: false }
+    }
+
+    /// Whether the kernel may take over now that the handshake is done.
+    ///
+    /// With TLS 1.3 only: the older one has no other keys when those in use are used up.
+    pub(super) fn is_for_kernel(&self) -> bool {
+        self.connection.protocol_version() == Some(ProtocolVersion::TLSv1_3)
+            && self.connection.negotiated_cipher_suite().is_some_and(|suite| self.kernel.contains(&suite.suite()))
+            && self.incoming.is_empty()
+            && self.plain.is_empty()
+            && self.outgoing.is_empty()
+    }
+
+    /// Hands the connection to the kernel; `socket` is prepared.
+    pub(super) fn into_kernel(self, socket: BorrowedFd<'_>) -> io::Result<Kernel> {
+        Kernel::new(self.connection, socket)
     }
 
     /// Fills `buf` as far as there is something for it; 0 is the end that the other side announced.
@@ -288,10 +317,7 @@ impl Session {
     }
 
     fn check(&self) -> io::Result<()> {
-        match &self.failed {
-            None => Ok(()),
-            Some(e) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {e}"))),
-        }
+        outcome(self.failed.as_ref())
     }
 
     fn flush(&mut self, mut send: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
@@ -376,6 +402,14 @@ impl Session {
         {
             self.outgoing.grow(n);
         }
+    }
+}
+
+/// What is told everybody who uses a connection that has failed.
+fn outcome(failed: Option<&rustls::Error>) -> io::Result<()> {
+    match failed {
+        None => Ok(()),
+        Some(e) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {e}"))),
     }
 }
 

@@ -49,7 +49,8 @@ fn a_certificate_about_nobody_is_nobodys() {
 
 #[test]
 fn who_is_admitted() {
-    let client = |identity: Option<Identity>| Encrypted { version: "TLSv1.3", cipher: String::new(), identity };
+    let client =
+        |identity: Option<Identity>| Encrypted { version: "TLSv1.3", cipher: String::new(), kernel: false, identity };
     let keys = |mode, allow: &[Subject]| ExportTls { mode, allow: allow.to_vec() };
     let alice = client(Some(Identity::of(&certificate(&[(DnType::CommonName, "alice")], &[]))));
     let nobody = client(None);

@@ -58,6 +58,13 @@ fn versions_of_a_priority_string() {
 }
 
 #[test]
+fn the_kernel_is_left_out_only_by_name() {
+    assert!(!keys("").without_kernel && !keys("ktls=true").without_kernel);
+    assert!(keys("ktls=false").without_kernel);
+    assert!(base("ktls=perhaps").server.is_none());
+}
+
+#[test]
 fn exports() {
     assert_eq!(export(""), ExportTls::default());
     for (text, mode) in [
@@ -92,7 +99,7 @@ fn what_a_server_cannot_give_is_refused() {
 proptest! {
     #[test]
     fn arbitrary_values_never_panic(
-        key in "(tls|tlsallow|tlsprio|tlsverify|force_tls|keyfile|certfile|cacertfile|crlfile)",
+        key in "(tls|tlsallow|tlsprio|tlsverify|force_tls|keyfile|certfile|cacertfile|crlfile|ktls)",
         value in "[^\n]{0,60}",
     ) {
         let parsed = base(&format!("{key}={value}\n[a]\nexportname=/a\n{key}={value}"));

@@ -2,6 +2,7 @@
 
 use super::*;
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
+use rustls::crypto::CryptoProvider;
 use rustls::crypto::cipher::{OutboundChunks, OutboundPlainMessage};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
 use rustls::server::NoServerSessionStorage;
@@ -14,13 +15,13 @@ use std::io::{Read, Write};
 type Version = &'static SupportedProtocolVersion;
 
 /// Both ends' settings.
-fn pair(version: Version) -> (Acceptor, Arc<ClientConfig>) {
+pub(super) fn settings(provider: CryptoProvider, version: Version) -> (ServerConfig, ClientConfig) {
     let issuer = CertifiedIssuer::self_signed(CertificateParams::default(), KeyPair::generate().unwrap());
     // one certificate is its own authority: who vouches for whom is tested elsewhere
     let key = KeyPair::generate().unwrap();
     let issuer = issuer.unwrap();
     let certificate = CertificateParams::new(vec!["server".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(provider);
     let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[version])
         .unwrap()
@@ -37,7 +38,12 @@ fn pair(version: Version) -> (Acceptor, Arc<ClientConfig>) {
         .with_root_certificates(roots)
         .with_no_client_auth();
     client.enable_secret_extraction = true;
-    (Acceptor::new(server), Arc::new(client))
+    (server, client)
+}
+
+fn pair(version: Version) -> (Acceptor, Arc<ClientConfig>) {
+    let (server, client) = settings(rustls::crypto::ring::default_provider(), version);
+    (Acceptor::new(server, Vec::new()), Arc::new(client))
 }
 
 /// The bytes under way, and how many of them move at a time.
@@ -150,7 +156,7 @@ impl Talk {
     }
 }
 
-fn pattern(len: usize) -> Vec<u8> {
+pub(super) fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i % 251) as u8).collect()
 }
 
@@ -369,13 +375,13 @@ fn a_flood_of_messages_without_data_is_cut_off() {
 }
 
 /// Seals any record, as a client does that does not go by the rules.
-struct Forger {
+pub(super) struct Forger {
     sealer: Box<dyn rustls::crypto::cipher::MessageEncrypter>,
     sequence: u64,
 }
 
 impl Forger {
-    fn new(client: ClientConnection) -> Forger {
+    pub(super) fn new(client: ClientConnection) -> Forger {
         let suite = match client.negotiated_cipher_suite().unwrap() {
             SupportedCipherSuite::Tls13(suite) => suite,
             SupportedCipherSuite::Tls12(_) => unreachable!(),
@@ -390,7 +396,7 @@ impl Forger {
         Forger { sealer: suite.aead_alg.encrypter(key, iv), sequence }
     }
 
-    fn seal(&mut self, typ: ContentType, bytes: &[u8]) -> Vec<u8> {
+    pub(super) fn seal(&mut self, typ: ContentType, bytes: &[u8]) -> Vec<u8> {
         let version = ProtocolVersion::TLSv1_2;
         let plain = OutboundPlainMessage { typ, version, payload: OutboundChunks::Single(bytes) };
         self.sequence += 1;
