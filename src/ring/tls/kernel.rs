@@ -2,7 +2,7 @@
 //! more often than without TLS. Follows the kernel's Documentation/networking/tls.rst and RFC 8446.
 //!
 //! rustls makes the handshake and derives the keys; here the kernel gets them, and records that are not data are answered.
-//! Promises: as those of [`super::Session`]; a connection taken over never ends because its keys are used up, for a kernel
+//! Promises: as those of `Session` beside it; a connection taken over never ends because its keys are used up, for a kernel
 //! that cannot change keys is given none ([`suites`]).
 
 use nix::errno::Errno;
