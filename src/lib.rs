@@ -1,9 +1,9 @@
 //! cowgate: one daemon that serves QCOW2 images, raw files and block devices.
 //!
 //! ```text
-//!     clients     NBD over TCP / Unix socket
-//!                         |
-//!     serve/          nbd/conn  (task per request)
+//!     clients     NBD over TCP / Unix socket          kernel: ublk queues
+//!                         |                                  |
+//!     serve/          nbd/conn  (task per request)       ublk/queue  (thread per queue)
 //!                         |  Export::submit: one entrance, one validation
 //!     export/         registry, config, plan            who is served, to whom, until when
 //!                         |

@@ -15,6 +15,8 @@ mod serve;
 mod size;
 mod status;
 mod table;
+#[cfg(feature = "ublk")]
+mod ublk;
 
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
@@ -50,6 +52,10 @@ enum Command {
     Image(image::Command),
     /// Make the name of a backup or migration export, or take one apart
     Name(name::Args),
+    /// List and delete block devices of this machine, with or without a running daemon
+    #[cfg(feature = "ublk")]
+    #[command(subcommand)]
+    Ublk(ublk::Command),
 }
 
 /// Runs the program with the process's arguments.
@@ -64,6 +70,8 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Image(command) => image::run(&command),
         Command::Name(args) => name::run(&args),
+        #[cfg(feature = "ublk")]
+        Command::Ublk(command) => ublk::run(&command),
     };
     match done {
         Ok(status) => status,

@@ -97,7 +97,9 @@ fn start_log(args: &Args, path: Option<&Path>) -> Result<Option<Arc<LogFile>>, S
         (None, Ok(text)) => filter(&text).map_err(|e| format!("{LOG_VARIABLE}={text}: {e}"))?,
         (None, Err(_)) => "info".to_owned(),
     };
-    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter_text)).with_target(false);
+    // what libublk does is its own affair, unless somebody asks for it
+    let directives = format!("libublk=warn,{filter_text}");
+    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(directives)).with_target(false);
     if let Some(path) = path {
         let opened = LogFile::open(path).map_err(|e| format!("cannot open the log file {}: {e}", path.display()))?;
         let file = Arc::new(opened);

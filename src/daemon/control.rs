@@ -2,6 +2,7 @@
 //!
 //! Called by the daemon's loop, which hands over signals, requests and the passing of time.
 
+use super::devices::Devices;
 use super::notify;
 use super::reload::{Pass, Reload};
 use crate::export::config::ServerConfig;
@@ -47,6 +48,7 @@ impl Live {
 pub struct Control {
     reload: Reload,
     registry: Arc<Registry>,
+    devices: Devices,
     live: Live,
     /// The next pass of the series under way.
     next_pass: Option<Instant>,
@@ -67,10 +69,11 @@ struct Missing {
 
 impl Control {
     /// Takes a start's first pass over, which is applied at once. `live` follows the configuration from then on.
-    pub fn new(reload: Reload, first: Pass, registry: Arc<Registry>, live: Live) -> Control {
+    pub fn new(reload: Reload, first: Pass, registry: Arc<Registry>, devices: Devices, live: Live) -> Control {
         let mut control = Control {
             reload,
             registry,
+            devices,
             live,
             next_pass: None,
             look_due: None,
@@ -104,6 +107,7 @@ impl Control {
             Request::File { file, done } => {
                 let (plan, problems) = self.reload.file(&file);
                 self.registry.apply(&plan, self.reload.generation());
+                self.devices.follow();
                 let problems = problems.iter().map(|p| p.to_string()).collect();
                 let _ = done.send(Applied { generation: self.reload.generation(), problems });
                 self.answer(|_| false);
@@ -140,6 +144,7 @@ impl Control {
         debug!("looking for exports that clients miss");
         let (plan, settled) = self.reload.additions();
         self.registry.apply(&plan, self.reload.generation());
+        self.devices.follow();
         self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
         self.answer(|missing| settled || missing.since.elapsed() > MISSING_LIMIT);
         self.look_due = (!self.missing.is_empty()).then_some(self.look_earliest);
@@ -151,6 +156,7 @@ impl Control {
             self.live.tls.set(offer);
         }
         self.registry.apply(&pass.plan, self.reload.generation());
+        self.devices.follow();
         if let Some(server) = pass.server {
             self.live.list_allowed.store(server.list_allowed, Ordering::Relaxed);
             self.live.limits.set(server.limits);
@@ -167,6 +173,11 @@ impl Control {
         }
         // the others are looked for, which is due
         self.answer(|_| false);
+    }
+
+    /// The block devices, which follow the configuration.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// What is served, for people, in a line.

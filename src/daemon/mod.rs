@@ -8,6 +8,7 @@
 pub mod background;
 pub mod check;
 mod control;
+mod devices;
 pub mod log_file;
 mod notify;
 pub mod pid_file;
@@ -27,6 +28,7 @@ use crate::serve::nbd::budget::{self, Budget};
 use crate::serve::nbd::conn::Context;
 use crate::serve::nbd::listen::{Address, BindError, Listeners};
 use control::{Control, Live};
+use devices::Devices;
 use log_file::LogFile;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
@@ -49,6 +51,9 @@ use tracing::{info, warn};
 
 /// How long clients may take to finish what is in flight when the daemon stops.
 pub const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long those who have a block device open may take to let it go when the daemon stops.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What `cowgate serve` was asked for.
 #[derive(Clone, Debug)]
@@ -144,7 +149,8 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone(), server.lock_timeout);
     let live = Live::new(&server);
-    let control = Control::new(reload, first, Arc::clone(&registry), live.clone());
+    let devices = Devices::new(Arc::clone(&registry));
+    let control = Control::new(reload, first, Arc::clone(&registry), devices, live.clone());
     let count = server.worker_count();
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;
     *to_stop = Some(workers.clone());
@@ -272,6 +278,7 @@ async fn serve(
             () = &mut serving => return Err(Error::NoAddress),
         }
     };
+    let devices = control.devices().clone();
     // clients that wait for an export are told that there is none
     drop((control, requests));
 
@@ -281,7 +288,12 @@ async fn serve(
     stop.send_replace(true);
     // those before were logged when they happened; the status speaks of this end
     let failed_before = registry.failed_flushes();
-    finish(serving, signals, pid_file).await?;
+    let stopping = tokio::task::spawn_blocking(move || devices.stop(DEVICE_PATIENCE));
+    let all = async {
+        serving.await;
+        let _ = stopping.await; // a panic was printed when it happened
+    };
+    finish(pin!(all), signals, pid_file).await?;
     match registry.failed_flushes() - failed_before {
         0 => Ok(()),
         failed => Err(Error::Unflushed(failed)),

@@ -6,6 +6,7 @@
 //! refuses that export rather than serving it without the restriction.
 
 use crate::export::client_keys::{self, ClientKeys};
+use crate::export::device_keys::{self, DeviceKeys};
 use crate::export::image_keys::{ImageKeys, lock_timeout};
 use crate::export::keyfile::{self, Group, KeyFile};
 use crate::export::limit_keys::{LimitKeys, ServerLimits};
@@ -70,6 +71,8 @@ pub struct ExportConfig {
     pub limits: LimitKeys,
     /// Who must use TLS, and who may.
     pub tls: ExportTls,
+    /// The block device that it is as well. A change does not retire the export.
+    pub device: Option<DeviceKeys>,
     /// Where it is defined.
     pub source: Source,
 }
@@ -92,6 +95,7 @@ impl ExportConfig {
             client: ClientKeys::default(),
             limits: LimitKeys::default(),
             tls: ExportTls::default(),
+            device: None,
             source,
         }
     }
@@ -101,7 +105,8 @@ impl ExportConfig {
         !self.read_only && self.client.copy_on_write.is_none()
     }
 
-    /// Whether both serve the same thing in the same way: everything but how fast, and the place of the definition.
+    /// Whether both serve the same thing to NBD clients in the same way: everything but how fast, the block device and
+    /// the place of the definition.
     pub fn same_service(&self, other: &ExportConfig) -> bool {
         let ExportConfig {
             name,
@@ -118,6 +123,7 @@ impl ExportConfig {
             client,
             limits: _,
             tls,
+            device: _,
             source: _,
         } = self;
         (name, path, format, read_only) == (&other.name, &other.path, &other.format, &other.read_only)
@@ -125,6 +131,11 @@ impl ExportConfig {
             && (rotational, max_connections) == (&other.rotational, &other.max_connections)
             && description == &other.description
             && (image, client, tls) == (&other.image, &other.client, &other.tls)
+    }
+
+    /// Whether both are the same but for the place of the definition.
+    pub fn same(&self, other: &ExportConfig) -> bool {
+        self.same_service(other) && (&self.limits, &self.device) == (&other.limits, &other.device)
     }
 }
 
@@ -481,6 +492,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     let mut exportname = None;
     let mut client = client_keys::Draft::default();
     let mut tls = tls_keys::ExportDraft::default();
+    let mut device = device_keys::Draft::default();
     for entry in group.effective() {
         let at = At { group, entry };
         match entry.key.as_str() {
@@ -494,7 +506,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
             "description" => config.description = description(at, reader),
             "maxconnections" => config.max_connections = max_connections(at, reader),
             _ if config.image.read(at, reader) || client.read(at, reader) => {}
-            _ if config.limits.read(at, reader) || tls.read(at, reader) => {}
+            _ if config.limits.read(at, reader) || tls.read(at, reader) || device.read(at, reader) => {}
             _ => unsupported(at, reader),
         }
     }
@@ -513,6 +525,7 @@ fn export(group: &Group, reader: &mut Reader<'_>) -> Option<ExportConfig> {
     config.image.check(config.format, key, reader);
     config.client = client.finish(&config.path, config.format, config.read_only, reader);
     config.tls = tls.finish(reader);
+    config.device = device.finish(config.client.copy_on_write.is_some(), reader);
     // a snapshot is never written
     config.read_only |= config.image.snapshot.is_some() && config.client.copy_on_write.is_none();
     let usable = reader.problems[before..].iter().all(|p| p.severity == Severity::Warning);

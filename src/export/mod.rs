@@ -4,6 +4,7 @@ pub mod authfile;
 pub mod client_keys;
 pub mod config;
 pub mod control;
+pub mod device_keys;
 pub mod hooks;
 pub mod image_keys;
 mod images;

@@ -18,7 +18,7 @@ pub struct Plan {
     pub add: Vec<Arc<ExportConfig>>,
     /// Exports to serve differently: new clients get this, connected ones keep what they have.
     pub change: Vec<Arc<ExportConfig>>,
-    /// Exports that go on with other limits, for connected clients too.
+    /// Exports that go on with other limits, for connected clients too, or with another block device.
     pub adjust: Vec<Arc<ExportConfig>>,
     /// Names to serve no longer: new clients are refused, connected ones stay.
     pub remove: Vec<String>,
@@ -90,7 +90,7 @@ pub fn plan(previous: &[Arc<ExportConfig>], loaded: &Loaded, scope: &Scope) -> P
                 plan.applied.push(Arc::clone(old));
                 plan.problems.push(held_elsewhere(old, new));
             }
-            (Some(old), Some(new)) if old.same_service(new) && old.limits == new.limits => {
+            (Some(old), Some(new)) if old.same(new) => {
                 plan.moved.push(Arc::clone(new));
                 plan.applied.push(Arc::clone(new));
             }

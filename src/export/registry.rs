@@ -4,6 +4,7 @@
 //! change under them. The daemon applies the plans; frontends and whoever describes the daemon look things up.
 
 use super::config::{ExportConfig, Source};
+use super::device_keys::DeviceKeys;
 use super::images::Images;
 use super::locked;
 use super::plan::Plan;
@@ -39,6 +40,8 @@ pub struct Entry {
     pub export: Arc<Export>,
     /// Where the configuration has it by now: its place may change while the export goes on.
     pub source: Source,
+    /// The block device that it is to be as well, by now.
+    pub device: Option<DeviceKeys>,
 }
 
 /// What the exports share.
@@ -52,6 +55,13 @@ pub(super) struct Shared {
     pub(super) lock_timeout: Duration,
     /// Flushes at the leaving of a last writer that failed.
     pub(super) failed_flushes: AtomicUsize,
+}
+
+impl Entry {
+    /// Whether it is served just as `config` has it.
+    pub fn serves(&self, config: &ExportConfig) -> bool {
+        self.export.serves(config) && self.device == config.device
+    }
 }
 
 impl Registry {
@@ -99,12 +109,15 @@ impl Registry {
                     Arc::new(Export::new(Arc::clone(config), generation, shared, history, limiter))
                 }
             };
-            table.exports.insert(config.name.clone(), Entry { export, source: config.source.clone() });
+            let ExportConfig { source, device, .. } = &**config;
+            let entry = Entry { export, source: source.clone(), device: device.clone() };
+            table.exports.insert(config.name.clone(), entry);
         }
         for config in plan.moved.iter().chain(&plan.adjust) {
             if let Some(entry) = table.exports.get_mut(&config.name) {
                 entry.export.limiter().set(config.limits);
                 entry.source = config.source.clone();
+                entry.device = config.device.clone();
             }
         }
     }
@@ -141,6 +154,11 @@ impl Registry {
     /// All exports, sorted by name.
     pub fn entries(&self) -> Vec<Entry> {
         self.table().exports.values().cloned().collect()
+    }
+
+    /// Those that are to be block devices as well.
+    pub fn devices(&self) -> Vec<Entry> {
+        self.table().exports.values().filter(|entry| entry.device.is_some()).cloned().collect()
     }
 
     /// Former definitions that still have clients, the oldest first.

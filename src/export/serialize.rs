@@ -6,6 +6,7 @@
 
 use crate::export::client_keys::{ClientKeys, CopyOnWrite};
 use crate::export::config::{self, ExportConfig, Role};
+use crate::export::device_keys::DeviceKeys;
 use crate::export::image_keys::{DetectZeroes, ImageKeys};
 use crate::export::limit_keys::LimitKeys;
 use crate::export::problem::{Problem, Severity, printable};
@@ -80,6 +81,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
         limits: LimitKeys { bandwidth, iops, idle_timeout },
         tls: ExportTls { mode, allow },
+        device,
         source: _,
     } = config;
     let mut group = Lines::new(name);
@@ -155,6 +157,12 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     if !allow.is_empty() {
         group.text("tlsallow", &allow.iter().map(Subject::text).collect::<Vec<_>>().join("; "));
     }
+    if let Some(DeviceKeys { id, queues, depth }) = device {
+        group.flag("ublk", true);
+        group.number("ublkid", *id);
+        group.number("ublkqueues", *queues);
+        group.number("ublkdepth", *depth);
+    }
     Ok(group.text)
 }
 
@@ -166,7 +174,7 @@ fn read_back(text: &str, config: &ExportConfig) -> Result<(), String> {
         return Err(format!("{key}{}; {}", problem.what, problem.remedy));
     }
     match &parsed.exports[..] {
-        [export] if export.same_service(config) && export.limits == config.limits => Ok(()),
+        [export] if export.same(config) => Ok(()),
         _ => Err("it would be read as another export; give it a name and values that a configuration file can hold"
             .to_owned()),
     }
@@ -196,6 +204,12 @@ impl Lines {
 
     /// A boolean that may have been left open.
     fn choice(&mut self, key: &str, value: Option<bool>) {
+        if let Some(value) = value {
+            self.line(key, value);
+        }
+    }
+
+    fn number(&mut self, key: &str, value: Option<impl std::fmt::Display>) {
         if let Some(value) = value {
             self.line(key, value);
         }
@@ -318,6 +332,7 @@ mod tests {
                 mode: TlsMode::Required,
                 allow: vec![Subject::Name("backup 1".into()), Subject::Distinguished(r"CN=a\,b,O=c".into())],
             },
+            device: Some(DeviceKeys { id: Some(7), queues: Some(2), depth: None }),
             ..export("disk 1", "/srv/50%.qcow2 ")
         };
         let lines = [
@@ -347,6 +362,9 @@ mod tests {
             "idletimeout = 1.5",
             "tls = required",
             r"tlsallow = backup 1; CN=a\\,b,O=c",
+            "ublk = true",
+            "ublkid = 7",
+            "ublkqueues = 2",
             "",
         ];
         assert_eq!(serialize(&config).expect("text"), lines.join("\n"));
@@ -437,12 +455,17 @@ mod tests {
             client in client_keys(),
             bandwidth in proptest::option::of(4096..1_u64 << 40),
             idle_ms in proptest::option::of(1000..100_000_u64),
+            device in proptest::option::of((proptest::option::of(0..1_u32 << 20), 1..5000_u16)),
         ) -> ExportConfig {
             let path = if absolute { format!("/{path}") } else { path };
             let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
             let limits = LimitKeys { bandwidth, iops: bandwidth.map(|n| n % 1000 + 1), idle_timeout: idle_ms.map(Duration::from_millis) };
+            let device = device.map(|(id, n)| {
+                let queues = if client.copy_on_write.is_some() { 1 } else { n };
+                DeviceKeys { id, queues: Some(queues), depth: (n % 2 == 0).then_some(n) }
+            });
             ExportConfig {
-                limits, format, read_only, flush, fua, trim, rotational, description, max_connections, image, client,
+                device, limits, format, read_only, flush, fua, trim, rotational, description, max_connections, image, client,
                 ..export(&name, &path)
             }
         }
@@ -483,7 +506,10 @@ mod tests {
                 (config.read_only || !writes_image) && !s.is_empty() && !s.starts_with('\x0c') && !s.contains('\0')
             });
             let format_fits = config.format == Format::Qcow2 || (compress.is_none() && snapshot.is_none());
-            let fits = name_fits && path_fits && limit_fits && cache_fits && snapshot_fits && format_fits && client_fits;
+            let device_fits = config.device.as_ref().is_none_or(|keys| {
+                keys.queues.is_none_or(|n| n <= 4096) && keys.depth.is_none_or(|n| n <= 4096)
+            });
+            let fits = device_fits && name_fits && path_fits && limit_fits && cache_fits && snapshot_fits && format_fits && client_fits;
             match serialize(&config) {
                 Err(why) => prop_assert!(!fits, "{why}"),
                 Ok(text) => {
@@ -491,7 +517,7 @@ mod tests {
                     let parsed = parsed(&text);
                     prop_assert!(!parsed.failed);
                     prop_assert_eq!(parsed.exports.len(), 1);
-                    prop_assert!(parsed.exports[0].same_service(&config) && parsed.exports[0].limits == config.limits);
+                    prop_assert!(parsed.exports[0].same(&config));
                 }
             }
         }

@@ -208,7 +208,7 @@ impl Export {
     }
 
     /// Whether it is served just as `config` has it.
-    pub fn serves(&self, config: &ExportConfig) -> bool {
+    pub(super) fn serves(&self, config: &ExportConfig) -> bool {
         self.config.same_service(config) && self.limiter.limits() == config.limits
     }
 
@@ -328,8 +328,8 @@ impl Export {
     fn admit(&self, peer: Peer) -> Result<(), AttachError> {
         let Some(file) = &self.config.client.auth_file else { return Ok(()) };
         let name = || self.config.name.clone();
-        if let Peer::Unix { .. } = peer {
-            return Ok(()); // the permissions of the socket have let it in
+        if let Peer::Unix { .. } | Peer::Queue(_) = peer {
+            return Ok(()); // the permissions of the socket, or of the device, have let it in
         }
         let list = authfile::read(file).map_err(|source| AttachError::AuthFile { name: name(), source })?;
         let Some(list) = list else {

@@ -104,6 +104,11 @@ impl Device {
         self.parts.iter().map(|part| &part.disk)
     }
 
+    /// Bytes that its storage allocates together, at least; a power of two.
+    pub fn cluster(&self) -> u32 {
+        self.parts[0].disk.cluster()
+    }
+
     /// The contexts it offers.
     pub async fn contexts(&self) -> Vec<NamedContext> {
         match &self.parts[..] {

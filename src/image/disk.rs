@@ -18,6 +18,8 @@ use std::sync::{Arc, MutexGuard};
 
 /// Largest payload frontends should advertise, in bytes.
 pub const MAX_PAYLOAD: u32 = 32 << 20;
+/// What file systems allocate together as a rule, in bytes.
+const RAW_CLUSTER: u32 = 4096;
 /// I/O operations of one request in flight together.
 const PIECES_IN_FLIGHT: usize = 64;
 /// Runs of the chain that are read into the page cache for one request.
@@ -108,6 +110,14 @@ impl Disk {
     /// What a disk of `size` bytes offers.
     pub fn geometry_for(size: u64, writable: bool) -> Geometry {
         Geometry { size, min_block: 1, preferred_block: 4096, max_payload: MAX_PAYLOAD, read_only: !writable }
+    }
+
+    /// Bytes that its storage allocates together; a power of two.
+    pub fn cluster(&self) -> u32 {
+        match self.is_raw() {
+            true => RAW_CLUSTER,
+            false => self.metadata().layout().cluster() as u32, // at most 2 MiB
+        }
     }
 
     /// The image.

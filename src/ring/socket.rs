@@ -104,6 +104,8 @@ pub enum Peer {
         /// Its user.
         uid: u32,
     },
+    /// A queue of a block device that the export is.
+    Queue(u16),
     /// Somebody who was gone before we could ask.
     Unknown,
 }
@@ -113,6 +115,7 @@ impl fmt::Display for Peer {
         match self {
             Peer::Tcp(address) => write!(f, "{address}"),
             Peer::Unix { pid, uid } => write!(f, "unix pid {pid} uid {uid}"),
+            Peer::Queue(id) => write!(f, "block device queue {id}"),
             Peer::Unknown => f.write_str("disconnected"),
         }
     }

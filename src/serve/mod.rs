@@ -2,6 +2,9 @@
 //!
 //! - [`control`]: HTTP and JSON for whoever runs the daemon
 //! - [`nbd`]: NBD over TCP and Unix sockets
+//! - `ublk`: block devices of this machine
 
 pub mod control;
 pub mod nbd;
+#[cfg(feature = "ublk")]
+pub mod ublk;

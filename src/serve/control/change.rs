@@ -36,7 +36,7 @@ pub(super) async fn add_in_turn(state: &State, wanted: &AddExport) -> Answer<Add
     let former = state.registry.entry(&config.name);
     if let Some(entry) = &former {
         let (file, line) = (&entry.source.file, entry.source.line);
-        let same = entry.export.serves(&config);
+        let same = entry.serves(&config);
         // a file that has gone is written again: the next reload would end the export
         if same && file.exists() {
             return added(state, &config.name, AddOutcome::Unchanged, file).await;
@@ -64,7 +64,7 @@ pub(super) async fn add_in_turn(state: &State, wanted: &AddExport) -> Answer<Add
         in_background(move || store::add(&directory, &to_write, replace).map_err(|e| store_problem(&e))).await?;
     let applied = state.control.file(written.clone()).await.ok_or_else(stopping)?;
     let now = state.registry.entry(&name);
-    if now.is_some_and(|now| now.source.file == written && now.export.serves(&config)) {
+    if now.is_some_and(|now| now.source.file == written && now.serves(&config)) {
         let outcome = if former.is_some() { AddOutcome::Replaced } else { AddOutcome::Created };
         return added(state, &name, outcome, &written).await;
     }

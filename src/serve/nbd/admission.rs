@@ -91,7 +91,7 @@ impl Source {
                 }
             },
             Peer::Unix { uid, .. } => Source::User(uid),
-            Peer::Unknown => Source::Unknown,
+            Peer::Queue(_) | Peer::Unknown => Source::Unknown,
         }
     }
 

@@ -1,0 +1,39 @@
+//! The block devices of the daemon, if it was built with them.
+
+#[cfg(feature = "ublk")]
+pub use crate::serve::ublk::Devices;
+
+#[cfg(not(feature = "ublk"))]
+mod without {
+    use crate::export::registry::Registry;
+    use std::sync::Arc;
+    use std::time::Duration;
+    use tracing::error;
+
+    /// No devices: this daemon was built without them.
+    #[derive(Clone)]
+    pub struct Devices {
+        registry: Arc<Registry>,
+    }
+
+    impl Devices {
+        /// None, for ever.
+        pub fn new(registry: Arc<Registry>) -> Devices {
+            Devices { registry }
+        }
+
+        /// Says which exports are not what their configuration wants.
+        pub fn follow(&self) {
+            for entry in self.registry.devices() {
+                let name = &entry.export.config().name;
+                error!("export {name:?}: no block device: this daemon was built without the feature ublk");
+            }
+        }
+
+        /// There is nothing to wait for.
+        pub fn stop(&self, _patience: Duration) {}
+    }
+}
+
+#[cfg(not(feature = "ublk"))]
+pub use without::Devices;

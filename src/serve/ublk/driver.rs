@@ -1,0 +1,269 @@
+//! What this machine's ublk driver has: whether it is there, which devices it knows, who has one of them open.
+
+use super::params::SECTOR;
+use libublk::UblkError;
+use libublk::ctrl::UblkCtrl;
+use nix::sys::stat::stat;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use tracing::{info, warn};
+
+/// Where the driver takes orders.
+const CONTROL: &str = "/dev/ublk-control";
+/// Where names of exports lead to their devices.
+pub const BY_NAME: &str = "/dev/cowgate/by-name";
+
+/// What the devices of this program are known by: the driver keeps it for us.
+pub(super) const OURS: u64 = u64::from_be_bytes(*b"cowgate\0");
+
+/// Why there can be no devices.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NoDriver {
+    /// The module is not loaded, or this kernel has none.
+    #[error("there is no {CONTROL}: load the driver with modprobe ublk_drv (Linux 6.0 and later)")]
+    Absent,
+    /// We may not use it.
+    #[error("{CONTROL} cannot be opened: {0}; the daemon has to be root for block devices")]
+    Forbidden(String),
+    /// The driver lacks something that is needed.
+    #[error("this kernel's ublk driver is too old: it has no UBLK_F_USER_COPY (Linux 6.5 and later)")]
+    TooOld,
+}
+
+/// What the driver can do, a set of `UBLK_F_`.
+pub(super) fn features() -> Result<u64, NoDriver> {
+    if !Path::new(CONTROL).exists() {
+        return Err(NoDriver::Absent);
+    }
+    if let Err(e) = OpenOptions::new().read(true).write(true).open(CONTROL) {
+        return Err(NoDriver::Forbidden(e.to_string()));
+    }
+    let features = UblkCtrl::get_features().ok_or(NoDriver::TooOld)?;
+    match features & u64::from(libublk::sys::UBLK_F_USER_COPY) {
+        0 => Err(NoDriver::TooOld),
+        _ => Ok(features),
+    }
+}
+
+/// A device of this machine, whoever made it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listed {
+    /// Its number.
+    pub id: u32,
+    /// The export that it is, as far as there is a link from its name.
+    pub export: Option<String>,
+    /// The block device; `None`: it was not started, or has no daemon any more.
+    pub device: Option<PathBuf>,
+    /// Size in bytes.
+    pub size_bytes: Option<u64>,
+    /// Somebody has it open. A process that we may not look into is not seen.
+    pub in_use: bool,
+}
+
+/// The devices of the driver, by their numbers.
+pub fn list() -> io::Result<Vec<Listed>> {
+    let names = names();
+    let mut found = Vec::new();
+    for id in ids()? {
+        let device = Some(node(id)).filter(|node| node.exists());
+        let sectors = fs::read_to_string(format!("/sys/block/ublkb{id}/size")).ok();
+        let in_use = device.is_some() && matches!(Unused::claim(id), Ok(None));
+        let size_bytes = sectors.and_then(|text| text.trim().parse::<u64>().ok()).map(|sectors| sectors * SECTOR);
+        found.push(Listed { id, export: names.get(&id).cloned(), device, size_bytes, in_use });
+    }
+    Ok(found)
+}
+
+/// Why a device is still there.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// There can be none.
+    #[error(transparent)]
+    NoDriver(#[from] NoDriver),
+    /// It was not made by this program.
+    #[error("ublk device {0} was not made by cowgate; its own program can delete it")]
+    Foreign(u32),
+    /// Somebody has it open.
+    #[error("{} is in use: unmount it first; or let all that use it get errors with --force", node(*.0).display())]
+    InUse(u32),
+    /// The driver refuses.
+    #[error("ublk device {id}: {source}")]
+    Driver {
+        /// The device.
+        id: u32,
+        /// Why.
+        source: UblkError,
+    },
+}
+
+/// Deletes a device of ours, whether its daemon lives or not. `force`: also one that is in use.
+pub fn delete(id: u32, force: bool) -> Result<(), DeleteError> {
+    features()?;
+    let failed = |source| DeleteError::Driver { id, source };
+    let control = UblkCtrl::new_simple(id as i32).map_err(failed)?; // numbers are below 2^20
+    if control.dev_info().ublksrv_flags != OURS {
+        return Err(DeleteError::Foreign(id));
+    }
+    // what cannot be opened any more is used by nobody
+    let claim = if force { None } else { Unused::claim(id).unwrap_or_default() };
+    if !force && claim.is_none() && node(id).exists() {
+        return Err(DeleteError::InUse(id));
+    }
+    control.kill_dev().map_err(failed)?;
+    drop(claim);
+    control.del_dev().map_err(failed)?;
+    Ok(())
+}
+
+/// The numbers of the driver's devices.
+fn ids() -> io::Result<Vec<u32>> {
+    let devices = match fs::read_dir("/sys/class/ublk-char") {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        devices => devices?,
+    };
+    let id = |name: &OsStr| name.to_str().and_then(|name| name.strip_prefix("ublkc")?.parse::<u32>().ok());
+    let mut ids: Vec<u32> = devices.flatten().filter_map(|device| id(&device.file_name())).collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+/// The exports that have links, by the numbers of their devices.
+fn names() -> BTreeMap<u32, String> {
+    let links = fs::read_dir(BY_NAME).into_iter().flatten().flatten();
+    let target = |link: &fs::DirEntry| {
+        let target = fs::read_link(link.path()).ok()?;
+        target.to_str()?.rsplit('/').next()?.strip_prefix("ublkb")?.parse().ok()
+    };
+    links.filter_map(|link| Some((target(&link)?, link.file_name().into_string().ok()?))).collect()
+}
+
+/// Deletes what is left of devices of ours that have no daemon any more, and links that lead nowhere.
+pub(super) fn sweep() {
+    for link in fs::read_dir(BY_NAME).into_iter().flatten().flatten() {
+        if !link.path().exists() {
+            let _ = fs::remove_file(link.path()); // another daemon may have done so
+        }
+    }
+    for id in ids().unwrap_or_default() {
+        if node(id).exists() {
+            continue;
+        }
+        let Ok(control) = UblkCtrl::new_simple(id as i32) else { continue };
+        let info = control.dev_info();
+        if info.ublksrv_flags == OURS && u32::from(info.state) == libublk::sys::UBLK_S_DEV_DEAD {
+            match control.del_dev() {
+                Ok(_) => info!("ublk device {id}: its daemon has gone, deleted"),
+                Err(e) => warn!("ublk device {id}: its daemon has gone, and it cannot be deleted: {e}"),
+            }
+        }
+    }
+}
+
+/// The block device of this number.
+pub(super) fn node(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// A device that nobody else has mounted or otherwise to himself, for as long as this lives: and nobody can meanwhile.
+#[derive(Debug)]
+pub(super) struct Unused {
+    _file: File,
+}
+
+impl Unused {
+    /// `None`: somebody has the device open.
+    pub(super) fn claim(id: u32) -> io::Result<Option<Unused>> {
+        let node = node(id);
+        let exclusive = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&node);
+        let file = match exclusive {
+            Ok(file) => file,
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let device = stat(&node)?.st_rdev;
+        Ok((!others_have_open(device)).then_some(Unused { _file: file }))
+    }
+}
+
+/// Whether a process other than this one has a device open. One that we may not look into is not seen.
+fn others_have_open(device: libc::dev_t) -> bool {
+    let me = std::process::id().to_string();
+    let Ok(processes) = fs::read_dir("/proc") else { return false };
+    processes.flatten().filter(|process| is_number(&process.file_name()) && process.file_name() != *me).any(|process| {
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { return false };
+        descriptors.flatten().any(|fd| stat(&fd.path()).is_ok_and(|found| is_block(&found) && found.st_rdev == device))
+    })
+}
+
+fn is_number(name: &OsStr) -> bool {
+    name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+}
+
+fn is_block(found: &libc::stat) -> bool {
+    found.st_mode & libc::S_IFMT == libc::S_IFBLK
+}
+
+/// A link from an export's name to its device, for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Link(PathBuf);
+
+impl Link {
+    /// Makes or replaces it.
+    pub(super) fn make(export: &str, id: u32) -> io::Result<Link> {
+        fs::create_dir_all(BY_NAME)?;
+        let path = Path::new(BY_NAME).join(link_name(export));
+        let fresh = Path::new(BY_NAME).join(format!(".{id}"));
+        let _ = fs::remove_file(&fresh); // one that a former daemon left
+        std::os::unix::fs::symlink(format!("../../ublkb{id}"), &fresh)?;
+        fs::rename(&fresh, &path)?;
+        Ok(Link(path))
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// The name as udev writes it: what cannot stand in the name of a file, or could be mistaken for something else, as `\xNN`.
+fn link_name(export: &str) -> String {
+    let mut name = String::with_capacity(export.len());
+    for c in export.chars() {
+        match c {
+            c if c.is_alphanumeric() || "#+-.:=@_".contains(c) => name.push(c),
+            c => {
+                let mut bytes = [0; 4];
+                name.extend(c.encode_utf8(&mut bytes).bytes().map(|byte| format!("\\x{byte:02x}")));
+            }
+        }
+    }
+    match &name[..] {
+        // neither hidden nor a way up
+        _ if name.starts_with('.') => format!("\\x2e{}", &name[1..]),
+        _ => name,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_stay_in_their_directory() {
+        assert_eq!(link_name("backup-ctx-disk1-full"), "backup-ctx-disk1-full");
+        assert_eq!(link_name("a/b c\\d"), r"a\x2fb\x20c\x5cd");
+        assert_eq!((link_name("..").as_str(), link_name(".x").as_str()), (r"\x2e.", r"\x2ex"));
+        assert_eq!(link_name("müller"), "müller");
+    }
+
+    #[test]
+    fn numbers_are_told_from_words() {
+        assert!(is_number(OsStr::new("123")) && !is_number(OsStr::new("self")));
+    }
+}

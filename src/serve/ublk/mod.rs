@@ -1,0 +1,183 @@
+//! Exports as block devices of this machine, `/dev/ublkbN`: the devices that there are follow the configuration.
+//!
+//! - [`driver`]: what the kernel's ublk driver has, and who uses a device
+//! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers
+//!
+//! [`Devices::follow`] is called after each reload and returns at once: each device has a thread that makes it, serves
+//! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
+//! the one of the new definition comes.
+
+mod device;
+pub mod driver;
+mod params;
+mod queue;
+
+use crate::export::device_keys::DeviceKeys;
+use crate::export::registry::{Entry, Registry};
+use crate::export::service::Export;
+use device::Event;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry as Place;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use tracing::{error, info};
+
+/// The devices of the configuration.
+#[derive(Clone)]
+pub struct Devices {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    registry: Arc<Registry>,
+    table: Mutex<Table>,
+    /// Told when a device has gone.
+    gone: Condvar,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By export.
+    devices: BTreeMap<String, Device>,
+    /// The daemon ends: nothing new is made.
+    stopping: bool,
+}
+
+struct Device {
+    export: Arc<Export>,
+    keys: DeviceKeys,
+    events: Sender<Event>,
+    /// It was told to go.
+    leaving: bool,
+    /// Its number, once it has one.
+    id: Option<u32>,
+}
+
+impl Devices {
+    /// None yet. What a daemon that has gone left of its devices is deleted.
+    pub fn new(registry: Arc<Registry>) -> Devices {
+        driver::sweep();
+        Devices { shared: Arc::new(Shared { registry, table: Mutex::default(), gone: Condvar::new() }) }
+    }
+
+    /// Makes the devices that the configuration asks for, and has those go that it does not.
+    pub fn follow(&self) {
+        self.shared.follow();
+    }
+
+    /// Has all devices go, and waits for that. `force`: also those that somebody has open, after `patience`.
+    ///
+    /// Blocks: not for an async thread.
+    pub fn stop(&self, patience: Duration) {
+        let mut table = self.shared.table();
+        table.stopping = true;
+        for device in table.devices.values_mut() {
+            device.leave(false);
+        }
+        let deadline = Instant::now() + patience;
+        while !table.devices.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            table = self.shared.gone.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        for (name, device) in &mut table.devices {
+            error!("export {name:?}: its device is still open; what reads or writes it gets errors from now on");
+            device.leave(true);
+        }
+        while !table.devices.is_empty() {
+            table = self.shared.gone.wait(table).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The device of an export, if it is there.
+    pub fn id(&self, export: &str) -> Option<u32> {
+        self.shared.table().devices.get(export)?.id
+    }
+}
+
+impl Device {
+    fn leave(&mut self, force: bool) {
+        if !self.leaving || force {
+            let _ = self.events.send(Event::Stop { force }); // it may have gone by itself
+            self.leaving = true;
+        }
+    }
+
+    fn is_of(&self, entry: &Entry) -> bool {
+        Arc::ptr_eq(&self.export, &entry.export) && Some(&self.keys) == entry.device.as_ref()
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn follow(self: &Arc<Self>) {
+        let mut table = self.table();
+        if table.stopping {
+            return;
+        }
+        let wanted = self.registry.devices();
+        for (name, device) in &mut table.devices {
+            if !wanted.iter().any(|entry| entry.export.config().name == *name && device.is_of(entry)) {
+                device.leave(false);
+            }
+        }
+        for entry in wanted {
+            let Some(keys) = entry.device else { continue };
+            if let Place::Vacant(place) = table.devices.entry(entry.export.config().name.clone())
+                && let Some(device) = self.start(entry.export, keys)
+            {
+                place.insert(device);
+            }
+        }
+    }
+
+    /// Starts the thread of a device.
+    fn start(self: &Arc<Self>, export: Arc<Export>, keys: DeviceKeys) -> Option<Device> {
+        let (events, heard) = mpsc::channel();
+        let device = Device { export: Arc::clone(&export), keys: keys.clone(), events, leaving: false, id: None };
+        let (shared, orders) = (Arc::clone(self), device.events.clone());
+        let name = export.config().name.clone();
+        let thread = thread::Builder::new().name("cowgate-ublk".to_owned()).spawn({
+            let name = name.clone();
+            move || {
+                let started = |id| {
+                    if let Some(device) = shared.table().devices.get_mut(&name) {
+                        device.id = Some(id);
+                    }
+                };
+                let ended = device::run(&export, &keys, &orders, &heard, started);
+                if let Err(e) = &ended {
+                    error!("export {name:?}: no block device: {e}");
+                }
+                drop(export);
+                shared.ended(&name, ended.is_ok());
+            }
+        });
+        match thread {
+            Ok(_) => Some(device),
+            Err(e) => {
+                error!("export {name:?}: no block device: cannot start a thread: {e}");
+                None
+            }
+        }
+    }
+
+    /// A device has gone.
+    fn ended(self: &Arc<Self>, name: &str, well: bool) {
+        let told = self.table().devices.remove(name).is_some_and(|device| device.leaving);
+        self.gone.notify_all();
+        // another definition may wait for its place; one that failed is tried again with the next reload
+        if told && well {
+            self.follow();
+        } else if well {
+            info!("export {name:?}: its device was deleted by somebody else; it comes back with the next reload");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! One queue of a device, on a thread of its own: takes requests from the driver and has the export answer them.
+//!
+//! The thread has a runtime like a worker's, for the image, and the driver's ring, which libublk keeps; this drives the one
+//! from within the other. Data is copied between the driver's pages and ours with pread and pwrite on the device's
+//! character device (UBLK_F_USER_COPY), so that a request has memory only while it is under way.
+//!
+//! Promises: every request of the driver gets one answer; a panic while it is carried out is an I/O error of that request.
+
+use super::params::{Asked, Kind};
+use crate::block::{BlockDev, Errno, Geometry, Op, Request};
+use crate::export::limiter::Cost;
+use crate::export::service::Client;
+use crate::export::usage;
+use crate::pagebuf::PageBuf;
+use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, with_task_io_ring};
+use libublk::uring_async::ublk_wake_task;
+use libublk::{BufDesc, UblkError};
+use nix::sys::uio::{pread, pwrite};
+use std::cell::Cell;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tracing::error;
+
+/// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
+/// be told to start the device.
+///
+/// Runs on the queue's thread, inside `ring::run`. Errors: the queue cannot be made, or its ring fails.
+pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl FnOnce()) -> Result<(), UblkError> {
+    let queue = UblkQueue::new(id, device)?;
+    let pump = Pump::new(&queue)?;
+    made();
+    let session = Session { client, geometry: client.device().geometry(), device, queue: id };
+    let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&queue, &pump, &session, tag)).collect();
+    let all = async { while tags.next().await.is_some() {} };
+    tokio::select! {
+        biased;
+        ended = pump.run() => ended,
+        () = all => Ok(()),
+    }
+}
+
+/// The requests that come under one tag, one after the other.
+async fn answer<'a>(queue: &UblkQueue<'_>, pump: &'a Pump<'a>, session: &Session<'_>, tag: u16) {
+    let none = BufDesc::Slice(&[]);
+    let mut come = pump.submit(queue.submit_io_prep_cmd(tag, none.clone(), 0, None)).await;
+    loop {
+        match come {
+            Ok(_) => {}
+            Err(UblkError::QueueIsDown) => return,
+            Err(e) => return error!("queue {} of ublk device {}: {e}", session.queue, session.device.dev_info.dev_id),
+        }
+        let asked = Asked::parse(queue.get_iod(tag));
+        let busy = pump.busy();
+        let result = AssertUnwindSafe(session.perform(tag, asked)).catch_unwind().await;
+        drop(busy);
+        let result = result.unwrap_or(Err(Errno::EIO)).unwrap_or_else(|e| -e.0);
+        come = pump.submit(queue.submit_io_commit_cmd(tag, none.clone(), result)).await;
+    }
+}
+
+/// What a queue's requests are carried out on.
+struct Session<'a> {
+    client: &'a Client,
+    geometry: Geometry,
+    device: &'a UblkDev,
+    queue: u16,
+}
+
+impl Session<'_> {
+    /// Carries out a request. The bytes that were moved, or the errno for the driver.
+    async fn perform(&self, tag: u16, asked: Option<Asked>) -> Result<i32, Errno> {
+        let Some(asked) = asked else { return Err(Errno::ENOTSUP) };
+        let connection = self.client.connection();
+        connection.begin();
+        let (kind, cost) = match asked.kind {
+            Kind::Read => (usage::Kind::Read, Cost::data(asked.len)),
+            Kind::Write => (usage::Kind::Write, Cost::data(asked.len)),
+            Kind::Flush => (usage::Kind::Flush, Cost::OPERATION),
+            Kind::Discard => (usage::Kind::Trim, Cost::OPERATION),
+            Kind::WriteZeroes { .. } => (usage::Kind::WriteZeroes, Cost::OPERATION),
+        };
+        let limiter = self.client.export().limiter();
+        if limiter.is_limited() {
+            limiter.pay(&connection.flow, cost).await;
+        }
+        let result = self.carry_out(tag, asked).await;
+        connection.end(kind, asked.len, result.is_ok());
+        result
+    }
+
+    async fn carry_out(&self, tag: u16, asked: Asked) -> Result<i32, Errno> {
+        let mut op = asked.op();
+        if let Op::Write(buf) = &mut op {
+            self.fetch(tag, buf)?;
+        }
+        let request = Request::new(op, asked.start, asked.len, asked.fua, &self.geometry)?;
+        let done = self.client.export().submit(&**self.client.device(), request).await;
+        done.result?;
+        match (asked.kind, done.buf) {
+            (Kind::Read, Some(buf)) => self.store(tag, &buf),
+            (Kind::Write, _) => Ok(asked.len as i32), // at most MAX_REQUEST
+            _ => Ok(0),
+        }
+    }
+
+    /// Copies what a request is to write out of the driver's pages.
+    fn fetch(&self, tag: u16, buf: &mut PageBuf) -> Result<(), Errno> {
+        let want = buf.len();
+        match pread(self.pages(), buf, self.place(tag)) {
+            Ok(got) if got == want => Ok(()),
+            _ => Err(Errno::EIO),
+        }
+    }
+
+    /// Copies what a request has read into the driver's pages.
+    fn store(&self, tag: u16, buf: &PageBuf) -> Result<i32, Errno> {
+        match pwrite(self.pages(), buf, self.place(tag)) {
+            Ok(put) if put == buf.len() => Ok(put as i32), // at most MAX_REQUEST
+            _ => Err(Errno::EIO),
+        }
+    }
+
+    /// Where the pages of a tag's request are, in the character device.
+    fn place(&self, tag: u16) -> i64 {
+        UblkIOCtx::ublk_user_copy_pos(self.queue, tag, 0) as i64 // below 2^63 by the driver's definition
+    }
+
+    /// The character device.
+    fn pages(&self) -> BorrowedFd<'_> {
+        // SAFETY: libublk keeps this descriptor of the character device open for as long as the UblkDev lives, which
+        // the borrow of `self` covers; it stands at index 0 of its table.
+        unsafe { BorrowedFd::borrow_raw(self.device.tgt.fds[0]) }
+    }
+}
+
+/// Submits to the driver's ring and wakes whoever waits for its answers.
+struct Pump<'a> {
+    queue: &'a UblkQueue<'a>,
+    ring: AsyncFd<Ring>,
+    /// Told when there is something to submit.
+    filled: Notify,
+    /// Requests that are being carried out.
+    busy: Cell<usize>,
+    /// Told when there are none.
+    idle: Notify,
+}
+
+/// A request that is being carried out.
+struct Busy<'a>(&'a Pump<'a>);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let busy = self.0.busy.get() - 1;
+        self.0.busy.set(busy);
+        if busy == 0 {
+            self.0.idle.notify_one();
+        }
+    }
+}
+
+/// The descriptor of the thread's ring, which libublk owns.
+struct Ring(RawFd);
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl<'a> Pump<'a> {
+    fn new(queue: &'a UblkQueue<'a>) -> io::Result<Pump<'a>> {
+        let ring = Ring(with_task_io_ring(|ring| ring.as_raw_fd()));
+        // SAFETY: the ring lives in a thread-local of libublk from the making of the queue to the end of the thread, and
+        // so longer than this.
+        let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
+        Ok(Pump { queue, ring, filled: Notify::new(), busy: Cell::new(0), idle: Notify::new() })
+    }
+
+    fn busy(&'a self) -> Busy<'a> {
+        self.busy.set(self.busy.get() + 1);
+        Busy(self)
+    }
+
+    /// Awaits a command for the driver, which is queued when it is first polled and then to be submitted.
+    async fn submit<T>(&self, command: impl Future<Output = T>) -> T {
+        let mut command = pin!(command);
+        if let Some(refused) = command.as_mut().now_or_never() {
+            return refused;
+        }
+        self.filled.notify_one();
+        command.await
+    }
+
+    /// Moves commands and answers until the device is stopped, or the ring fails.
+    async fn run(&self) -> Result<(), UblkError> {
+        loop {
+            // what is queued is submitted with this, too
+            match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
+                Ok(_) => {}
+                Err(UblkError::QueueIsDown) => break,
+                Err(e) => return Err(e),
+            }
+            tokio::select! {
+                ready = self.ring.readable() => ready?.clear_ready(),
+                () = self.filled.notified() => {}
+            }
+        }
+        // the driver waits for no answer any more, but what was begun is ended
+        while self.busy.get() > 0 {
+            self.idle.notified().await;
+        }
+        Ok(())
+    }
+}
