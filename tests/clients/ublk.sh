@@ -139,6 +139,15 @@ mount "$device" /mnt
 grep -q "is in use" "$dir/said" || fail "it says $(cat "$dir/said")"
 umount /mnt
 
+say "an export that is removed with force"
+export_file short "$dir/extra.raw" "ublk = true"
+reload
+appears short
+exec 7<"$device"
+"$cowgate" export remove short --force --wait --control "$dir/control" >/dev/null
+vanishes short
+exec 7<&-
+
 say "a daemon that is killed, and what it leaves"
 kill -9 "$pid"
 wait "$pid" || true

@@ -13,6 +13,8 @@ use crate::ring::{self, Peer};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -42,6 +44,8 @@ pub(super) enum Error {
     Driver { what: &'static str, source: UblkError },
     #[error("its queues have ended")]
     Ended,
+    #[error("it was told to go before it was there")]
+    Stopped,
 }
 
 /// What a device's thread is told, by whom it belongs to and by its queues.
@@ -166,7 +170,8 @@ impl Queues {
             let (go, device) = oneshot::channel();
             let (export, events) = (Arc::clone(export), events.clone());
             let thread = thread::Builder::new().name(format!("cowgate-q{id}")).spawn(move || {
-                let ended = ring::run(serve(id, &export, device, &events)).unwrap_or_else(|e| Err(e.to_string()));
+                let run = || ring::run(serve(id, &export, device, &events)).unwrap_or_else(|e| Err(e.to_string()));
+                let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("its thread panicked".into()));
                 let _ = events.send(Event::Ended(ended)); // nobody may wait for it any more
             });
             queues.threads.push(thread.map_err(Error::Thread)?);
@@ -182,7 +187,8 @@ impl Queues {
             match events.recv() {
                 Ok(Event::Attached(Ok(found))) => shape = Some(found),
                 Ok(Event::Attached(Err(why)) | Event::Ended(Err(why))) => return Err(Error::Image(why)),
-                Ok(Event::Stop { .. } | Event::Ended(Ok(())) | Event::Made(..)) | Err(_) => return Err(Error::Ended),
+                Ok(Event::Stop { .. }) => return Err(Error::Stopped),
+                Ok(Event::Ended(Ok(())) | Event::Made(..)) | Err(_) => return Err(Error::Ended),
             }
         }
         shape.filter(|shape| shape.geometry.size >= 512).ok_or(Error::Size)
@@ -197,8 +203,9 @@ impl Queues {
             match events.recv() {
                 // libublk's own record of the device is left out: it would go into a directory that everybody may write
                 Ok(Event::Made(queue, thread)) => control.set_thread_affinity(queue, thread),
+                Ok(Event::Stop { .. }) => return Err(Error::Stopped),
                 Ok(Event::Ended(Err(why))) => return Err(Error::Image(why)),
-                Ok(_) | Err(_) => return Err(Error::Ended),
+                Ok(Event::Ended(Ok(())) | Event::Attached(_)) | Err(_) => return Err(Error::Ended),
             }
         }
         Ok(())
@@ -244,7 +251,16 @@ async fn serve(
     let served = match device.await {
         Ok(device) => {
             let made = || tell(Event::Made(id, UblkCtrl::init_queue_thread()));
-            queue::serve(id, &device, &client, made).await.map_err(|e| e.to_string())
+            let mut serving = pin!(queue::serve(id, &device, &client, made));
+            let served = tokio::select! {
+                served = &mut serving => served,
+                // somebody wants all clients of the export to go
+                () = client.connection().disconnected() => {
+                    tell(Event::Stop { force: true });
+                    serving.await
+                }
+            };
+            served.map_err(|e| e.to_string())
         }
         Err(_) => Ok(()),
     };

@@ -122,15 +122,16 @@ impl Shared {
         if table.stopping {
             return;
         }
-        let wanted = self.registry.devices();
+        let named = |entry: Entry| (entry.export.config().name.clone(), entry);
+        let wanted: BTreeMap<String, Entry> = self.registry.devices().into_iter().map(named).collect();
         for (name, device) in &mut table.devices {
-            if !wanted.iter().any(|entry| entry.export.config().name == *name && device.is_of(entry)) {
+            if !wanted.get(name).is_some_and(|entry| device.is_of(entry)) {
                 device.leave(false);
             }
         }
-        for entry in wanted {
+        for (name, entry) in wanted {
             let Some(keys) = entry.device else { continue };
-            if let Place::Vacant(place) = table.devices.entry(entry.export.config().name.clone())
+            if let Place::Vacant(place) = table.devices.entry(name)
                 && let Some(device) = self.start(entry.export, keys)
             {
                 place.insert(device);
@@ -153,8 +154,9 @@ impl Shared {
                     }
                 };
                 let ended = device::run(&export, &keys, &orders, &heard, started);
-                if let Err(e) = &ended {
-                    error!("export {name:?}: no block device: {e}");
+                match &ended {
+                    Ok(()) | Err(device::Error::Stopped) => {}
+                    Err(e) => error!("export {name:?}: no block device: {e}"),
                 }
                 drop(export);
                 shared.ended(&name, ended.is_ok());
@@ -174,7 +176,7 @@ impl Shared {
         let told = self.table().devices.remove(name).is_some_and(|device| device.leaving);
         self.gone.notify_all();
         // another definition may wait for its place; one that failed is tried again with the next reload
-        if told && well {
+        if told {
             self.follow();
         } else if well {
             info!("export {name:?}: its device was deleted by somebody else; it comes back with the next reload");
