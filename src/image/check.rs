@@ -8,6 +8,7 @@ use super::{Error, Format, Progress, reading};
 use crate::pagebuf::PageBuf;
 use crate::qcow2::check::{Check, Findings, block_offset};
 use crate::qcow2::header::{Header, PEEK_BYTES, autoclear};
+use crate::qcow2::journal::Patched;
 use crate::qcow2::{bitmap, snapshot};
 use crate::ring;
 use crate::ring::mem::MemDisk;
@@ -41,6 +42,8 @@ pub struct Subject {
     /// Bytes that may still be read.
     budget: Cell<u64>,
     memory: u64,
+    /// What is read differs from the file in this.
+    pub(super) patched: Option<Patched>,
 }
 
 /// The verdict, with the keys of `qemu-img check --output=json`.
@@ -128,7 +131,8 @@ impl Pieces<'_> {
             let at = self.at;
             let len = (self.end - at).min(PIECE);
             self.at += len;
-            if !self.subject.file.is_hole(HostRange::new(HostOffset(at), len)) {
+            let patched = self.subject.patched.as_ref().is_some_and(|patched| patched.touches(at, len));
+            if patched || !self.subject.file.is_hole(HostRange::new(HostOffset(at), len)) {
                 return Ok(Some((at, self.subject.read(at, len).await?)));
             }
         }
@@ -145,7 +149,7 @@ pub(super) struct RefcountBlock {
 
 impl Subject {
     pub(super) fn new(file: ring::File, path: PathBuf, len: u64, stored: u64, fixed_len: bool, memory: u64) -> Subject {
-        Subject { file, path, len, stored, fixed_len, budget: Cell::new(0), memory }
+        Subject { file, path, len, stored, fixed_len, budget: Cell::new(0), memory, patched: None }
     }
 
     /// A file of the test double, which may take `memory` bytes for its counts.
@@ -159,8 +163,11 @@ impl Subject {
 
     pub(super) async fn read(&self, at: u64, len: u64) -> Result<PageBuf, Error> {
         self.charge(len)?;
-        let (result, buf) = self.file.read(HostOffset(at), PageBuf::new(len as usize)).await;
+        let (result, mut buf) = self.file.read(HostOffset(at), PageBuf::new(len as usize)).await;
         result.map_err(|e| Error::io(&self.path, "read its metadata")(e.into()))?;
+        if let Some(patched) = &self.patched {
+            patched.apply(at, &mut buf);
+        }
         Ok(buf)
     }
 

@@ -371,7 +371,7 @@ impl Disk {
         }
         done.unsplit(rest);
         self.start_writeback();
-        (result, done)
+        (result.and(self.keep_promise().await), done)
     }
 
     async fn perform(&self, job: Job) -> (Result<(), Errno>, PageBuf) {

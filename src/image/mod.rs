@@ -3,7 +3,8 @@
 //! [`Image`] is what all threads share: the chain, each layer's metadata, the lock. [`Disk`] is one thread's hands:
 //! its own file descriptors on its own ring. [`open`] walks the backing chain behind its gate, [`create`] makes new
 //! images, [`info`] describes one, [`mod@check`] and [`repair`] find and mend errors. [`Device`] is what a client sees of
-//! one disk or several, [`scratch`] a layer that is thrown away.
+//! one disk or several, [`scratch`] a layer that is thrown away; [`recovery`]
+//! keeps what was answered over the death of the process.
 
 pub mod bitmap_edit;
 mod bitmaps;
@@ -31,6 +32,7 @@ mod place;
 mod raw;
 pub mod reading;
 pub mod rebase;
+pub mod recovery;
 pub mod repair;
 pub mod resize;
 pub mod scratch;

@@ -126,7 +126,7 @@ impl Disk {
                     let (result, _) = self.file(0).write(allocation.host, PageBuf::copy_of(packed)).await;
                     self.finish(allocation, result);
                     self.start_writeback();
-                    return result.map(|()| true);
+                    return result.and(self.keep_promise().await).map(|()| true);
                 }
                 Ok(Ready::Load(table)) => self.load(0, table).await?,
                 Ok(Ready::Wait) => progress.await,

@@ -67,14 +67,14 @@ impl Subject {
         Ok((before, after))
     }
 
-    async fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), Error> {
+    pub(super) async fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let (result, _) = self.file.write(HostOffset(at), PageBuf::copy_of(bytes)).await;
         result.map_err(|e| Error::io(&self.path, "repair it")(e.into()))?;
         self.len = self.len.max(at + bytes.len() as u64);
         Ok(())
     }
 
-    async fn barrier(&self) -> Result<(), Error> {
+    pub(super) async fn barrier(&self) -> Result<(), Error> {
         self.file.sync().await.map_err(|e| Error::io(&self.path, "make repairs durable")(e.into()))
     }
 

@@ -93,7 +93,7 @@ impl Disk {
             }
         }
         self.start_writeback();
-        Ok(())
+        self.keep_promise().await
     }
 
     /// Before a decision of a long request: room for what it changes, and now and then a turn for others.
@@ -182,7 +182,7 @@ impl Disk {
                 Err(fault) => return Err(self.fault(0, fault)),
             }
         }
-        Ok(())
+        self.keep_promise().await
     }
 
     /// Fills an allocation: zeroes, and around them the old content.

@@ -5,8 +5,9 @@
 //! blocks are made at the first cluster they describe; a full refcount table moves to the end, with room to spare.
 
 use super::entry::{CompressedRange, compressed_limit};
+use super::journal::Order;
 use super::layout::MAX_REFTABLE_BYTES;
-use super::metadata::{Corrupt, Fault, Metadata, Ready, Stop};
+use super::metadata::{Corrupt, Fault, Metadata, Ready, RootKind, Stop};
 use super::tables::TableKind;
 use crate::block::Errno;
 use crate::units::HostOffset;
@@ -73,7 +74,12 @@ impl Metadata {
             panic!("refcount of cluster {cluster} is changed before its block exists");
         };
         let layout = self.layout;
-        layout.set_refcount(self.tables.change(slice), index, value);
+        let bytes = self.tables.change(slice);
+        layout.set_refcount(bytes, index, value);
+        if let Some(journal) = &mut self.journal {
+            let range = layout.refcount_bytes(index);
+            journal.note(Order::Refcounts, slice + range.start as u64, &bytes[range]);
+        }
         Ok(())
     }
 
@@ -261,8 +267,8 @@ impl Metadata {
     }
 
     fn add_refblock(&mut self, block_index: u64, at: u64, block: &[u8]) {
-        self.tables.create(TableKind::Refcount, at, block);
-        self.reftable.set(block_index as usize, at);
+        self.create_table(TableKind::Refcount, at, block);
+        self.set_root(RootKind::Reftable, block_index as usize, at);
         self.note_structure(at, self.layout.cluster(), "refcount block");
     }
 
@@ -287,7 +293,7 @@ impl Metadata {
             }
         };
         self.reftable.at = HostOffset(at);
-        self.reftable.moved = true;
+        self.root_moved(RootKind::Reftable);
         self.note_structure(at, new_clusters * layout.cluster(), "refcount table");
         self.free_clusters(old_at, old_clusters * layout.cluster());
         Ok(())
@@ -304,7 +310,7 @@ impl Metadata {
         self.note_structure(at, clusters * layout.cluster(), "L1 table");
         self.free_clusters(old.0, old.1);
         self.l1.entries.resize(entries, 0);
-        self.l1.moved = true;
+        self.root_moved(RootKind::L1);
         Ok(())
     }
 

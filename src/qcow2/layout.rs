@@ -1,5 +1,7 @@
 //! The arithmetic of an image: sizes and indices that follow from cluster size and refcount width.
 
+use std::ops::Range;
+
 /// Cached tables are loaded and written in pieces of this many bytes (or one cluster, when that is smaller): a miss
 /// then costs one page, not a whole table of up to 2 MiB.
 pub const SLICE_BYTES: u64 = 4096;
@@ -119,6 +121,13 @@ impl Layout {
         }
     }
 
+    /// The bytes of a block or slice that refcount `index` is in.
+    pub fn refcount_bytes(self, index: usize) -> Range<usize> {
+        let bits = 1usize << self.refcount_order;
+        let first = index * bits / 8;
+        first..first + bits.div_ceil(8)
+    }
+
     /// Stores refcount `index` of a block or slice. Panics when the width cannot hold `value`.
     pub fn set_refcount(self, bytes: &mut [u8], index: usize, value: u64) {
         assert!(value <= self.refcount_max());
@@ -151,7 +160,11 @@ mod tests {
             let n = l.refblock_entries() as usize;
             assert_eq!(n, 4096 >> refcount_order);
             for i in 0..n {
-                l.set_refcount(&mut block, i, (i as u64 * 7 + 1) & l.refcount_max());
+                let mut changed = block.clone();
+                l.set_refcount(&mut changed, i, (i as u64 * 7 + 1) & l.refcount_max());
+                let bytes = l.refcount_bytes(i);
+                block[bytes.clone()].copy_from_slice(&changed[bytes]);
+                assert_eq!(block, changed, "order {refcount_order} entry {i}: nothing else changes");
             }
             l.set_refcount(&mut block, 1, l.refcount_max());
             for i in 0..n {

@@ -9,7 +9,8 @@
 //! may still point at it has left (see [`super::writeback`]).
 
 use super::entry::{COPIED, CompressedRange, Entry, Mixed, OFFSET_MASK, RawEntry};
-use super::header::Header;
+use super::header::{Header, field};
+use super::journal::{Journal, Order};
 use super::layout::{Layout, MAX_HOST_OFFSET, SUBCLUSTERS};
 use super::places::Places;
 use super::tables::{Table, TableKind, Tables};
@@ -123,6 +124,45 @@ pub(super) struct Root {
     pub dirty: BTreeSet<usize>,
     /// The table moved: the header still names its old place.
     pub moved: bool,
+    /// Entries that its place has room for.
+    pub room: usize,
+}
+
+/// The tables that the header leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RootKind {
+    L1,
+    Reftable,
+}
+
+impl RootKind {
+    /// When a table at a new place is written.
+    fn table(self) -> Order {
+        match self {
+            RootKind::L1 => Order::L2,
+            RootKind::Reftable => Order::Refcounts,
+        }
+    }
+
+    /// When its entries, and the header's fields that name it, are.
+    fn pointer(self) -> Order {
+        match self {
+            RootKind::L1 => Order::L1,
+            RootKind::Reftable => Order::Reftable,
+        }
+    }
+
+    /// The header's fields for a table of `entries` at `at`: where they are, and their bytes.
+    pub fn header_field(self, at: HostOffset, entries: u64, cluster: u64) -> (u64, Vec<u8>) {
+        let at = at.0.to_be_bytes();
+        match self {
+            RootKind::L1 => (field::L1, [&(entries as u32).to_be_bytes()[..], &at].concat()),
+            RootKind::Reftable => {
+                let clusters = (entries * 8 / cluster) as u32;
+                (field::REFTABLE, [&at[..], &clusters.to_be_bytes()].concat())
+            }
+        }
+    }
 }
 
 /// What surrounds the metadata: facts about the file it lives in.
@@ -185,6 +225,9 @@ pub struct Metadata {
     pub(super) cycle: Option<Cycle>,
     epoch: u64,
     active: BTreeMap<u64, u64>,
+
+    /// Where changes are noted that outlive the process.
+    pub(super) journal: Option<Box<Journal>>,
 }
 
 impl Metadata {
@@ -227,6 +270,7 @@ impl Metadata {
             cycle: None,
             epoch: 0,
             active: BTreeMap::new(),
+            journal: None,
         };
         md.note_structure(0, layout.cluster(), "header");
         md.note_structure(header.l1_offset.0, l1.len() as u64, "L1 table");
@@ -472,7 +516,77 @@ impl Metadata {
     pub(super) fn set_entry(&mut self, slice: u64, index: usize, raw: RawEntry) {
         let layout = self.layout;
         let at = index * layout.l2_entry_bytes() as usize;
-        raw.store(&mut self.tables.change(slice)[at..], layout);
+        let bytes = self.tables.change(slice);
+        raw.store(&mut bytes[at..], layout);
+        if let Some(journal) = &mut self.journal {
+            let len = layout.l2_entry_bytes() as usize;
+            journal.note(Order::L2, slice + at as u64, &bytes[at..at + len]);
+        }
+    }
+
+    /// Puts a whole new table into memory.
+    pub(super) fn create_table(&mut self, kind: TableKind, at: u64, bytes: &[u8]) {
+        self.tables.create(kind, at, bytes);
+        if let Some(journal) = &mut self.journal {
+            let order = match kind {
+                TableKind::Refcount => Order::Refcounts,
+                TableKind::L2 => Order::L2,
+            };
+            journal.note(order, at, bytes);
+        }
+    }
+
+    /// Changes an entry of the L1 table or the refcount table.
+    pub(super) fn set_root(&mut self, kind: RootKind, index: usize, raw: u64) {
+        let root = match kind {
+            RootKind::L1 => &mut self.l1,
+            RootKind::Reftable => &mut self.reftable,
+        };
+        root.entries[index] = raw;
+        root.dirty.insert(index);
+        // behind that only while the table is on its way to another place, where it is noted as a whole
+        if let Some(journal) = self.journal.as_mut().filter(|_| index < root.room) {
+            journal.note(kind.pointer(), root.at.0 + index as u64 * 8, &raw.to_be_bytes());
+        }
+    }
+
+    /// The L1 table or the refcount table was given a new place, and all its entries.
+    pub(super) fn root_moved(&mut self, kind: RootKind) {
+        let root = match kind {
+            RootKind::L1 => &mut self.l1,
+            RootKind::Reftable => &mut self.reftable,
+        };
+        root.moved = true;
+        root.room = root.entries.len();
+        if let Some(journal) = &mut self.journal {
+            let cluster = self.layout.cluster();
+            let whole = root.bytes((root.room as u64 * 8).next_multiple_of(cluster));
+            journal.note(kind.table(), root.at.0, &whole);
+            let (at, pointer) = kind.header_field(root.at, root.room as u64, cluster);
+            journal.note(kind.pointer(), at, &pointer);
+        }
+    }
+
+    /// From now on changes are noted in a journal, too, which has lapsed until the next write-back cycle is complete.
+    pub fn keep_journal(&mut self, journal: Journal) {
+        self.journal = Some(Box::new(journal));
+    }
+
+    /// No journal any more.
+    pub fn drop_journal(&mut self) {
+        self.journal = None;
+    }
+
+    /// Whether there is a journal that says nothing: what is changed is to be flushed before it is answered.
+    pub fn journal_lapsed(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| journal.lapsed())
+    }
+
+    /// What was changed so far outlives the process.
+    pub(super) fn seal_journal(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.seal();
+        }
     }
 
     /// A table was read, or could not be (`Err`): then the next question asks for it again.
@@ -509,12 +623,8 @@ impl Metadata {
 impl Root {
     fn new(at: HostOffset, bytes: &[u8]) -> Self {
         let be64 = |b: &[u8]| u64::from_be_bytes(b.try_into().expect("eight bytes"));
-        Root { at, entries: bytes.chunks_exact(8).map(be64).collect(), dirty: BTreeSet::new(), moved: false }
-    }
-
-    pub(super) fn set(&mut self, index: usize, raw: u64) {
-        self.entries[index] = raw;
-        self.dirty.insert(index);
+        let entries: Vec<u64> = bytes.chunks_exact(8).map(be64).collect();
+        Root { at, room: entries.len(), entries, dirty: BTreeSet::new(), moved: false }
     }
 
     /// The whole table as stored, filled up to `len` bytes.

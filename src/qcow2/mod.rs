@@ -4,6 +4,7 @@
 //! [`entry`] names the kinds of L2 entries, [`metadata`] holds tables and answers "where is this range?",
 //! [`mod@write`] decides how a range is written, [`alloc`] owns refcounts, [`writeback`] orders what reaches the disk,
 //! [`bitmap`] knows persistent dirty bitmaps, [`compress`] unpacks compressed clusters, [`create`] lays out a new image,
+//! [`journal`] keeps what memory is ahead of the disk for those who live longer than the process,
 //! [`check`] counts [`references`] and compares them with the refcounts, [`rebuild`] makes new ones.
 
 pub mod alloc;
@@ -14,6 +15,7 @@ pub mod create;
 pub mod entry;
 pub mod header;
 pub mod header_area;
+pub mod journal;
 pub mod layout;
 pub mod metadata;
 mod places;

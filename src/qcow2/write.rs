@@ -6,7 +6,7 @@
 
 use super::entry::{COPIED, CompressedRange, Entry, Mixed, RawEntry};
 use super::layout::{Layout, SUBCLUSTERS};
-use super::metadata::{Corrupt, Fault, Metadata, Ready, Stop};
+use super::metadata::{Corrupt, Fault, Metadata, Ready, RootKind, Stop};
 use super::tables::{Table, TableKind};
 use crate::block::Errno;
 use crate::units::{ByteRange, GuestOffset, HostOffset, HostRange};
@@ -293,9 +293,9 @@ impl Metadata {
 
     fn adopt_l2(&mut self, l1_index: usize, cluster: u64, bytes: &[u8]) {
         let at = cluster << self.layout.cluster_bits;
-        self.tables.create(TableKind::L2, at, bytes);
+        self.create_table(TableKind::L2, at, bytes);
         self.note_structure(at, self.layout.cluster(), "L2 table");
-        self.l1.set(l1_index, at | COPIED);
+        self.set_root(RootKind::L1, l1_index, at | COPIED);
     }
 
     fn pending_over(&self, guest_cluster: u64) -> bool {
@@ -465,6 +465,7 @@ impl Metadata {
             }
         }
         self.unpend(&a);
+        self.seal_journal();
     }
 
     /// What the entry of an allocation's cluster `i` becomes.
@@ -527,7 +528,9 @@ impl Metadata {
 
     /// How to zero the first part of `range`, which is not empty and lies inside the disk.
     pub fn begin_zero(&mut self, range: ByteRange, mode: ZeroMode) -> Result<Zero, Fault> {
-        match self.try_zero(range, mode) {
+        let zero = self.try_zero(range, mode);
+        self.seal_journal();
+        match zero {
             Err(Stop::Load(table)) => Ok(Zero::Load(table)),
             Err(Stop::Wait) => Ok(Zero::Wait),
             Err(Stop::Fault(fault)) => Err(fault),

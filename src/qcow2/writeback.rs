@@ -15,7 +15,7 @@
 //! is over. What changes while a cycle runs belongs to the next one.
 
 use super::header::field;
-use super::metadata::{Corrupt, Metadata, Root, Stop};
+use super::metadata::{Corrupt, Metadata, Root, RootKind, Stop};
 use super::tables::{Pieces, Table, TableKind, push_piece};
 use crate::block::Errno;
 use crate::units::{HostOffset, HostRange};
@@ -106,19 +106,17 @@ impl Metadata {
             return Err(Errno::EIO);
         }
         let cluster = self.layout.cluster();
+        if let Some(journal) = &mut self.journal {
+            journal.begin_cycle();
+        }
         self.cycle = Some(Cycle {
             phase: Phase::Autoclear,
             written: None,
             autoclear: if self.first_write { self.autoclear } else { 0 },
             refblocks: self.tables.take_dirty(TableKind::Refcount),
-            reftable: self.reftable.publish(cluster, |at, entries| {
-                let clusters = (entries * 8 / cluster) as u32;
-                (field::REFTABLE, [&at.to_be_bytes()[..], &clusters.to_be_bytes()].concat())
-            }),
+            reftable: self.reftable.publish(RootKind::Reftable, cluster),
             l2: self.tables.take_dirty(TableKind::L2),
-            l1: self.l1.publish(cluster, |at, entries| {
-                (field::L1, [&(entries as u32).to_be_bytes()[..], &at.to_be_bytes()].concat())
-            }),
+            l1: self.l1.publish(RootKind::L1, cluster),
             freed: std::mem::take(&mut self.freed),
             release: Release::default(),
         });
@@ -216,6 +214,10 @@ impl Metadata {
             Phase::L2 => Phase::L1,
             Phase::L1 => {
                 cycle.l1 = Publish::default();
+                // before a cluster can be used again that it speaks of
+                if let Some(journal) = &mut self.journal {
+                    journal.cycle_durable();
+                }
                 let epoch = self.next_epoch();
                 if !cycle.freed.is_empty() {
                     self.freed_durable.push_back((epoch, std::mem::take(&mut cycle.freed)));
@@ -228,6 +230,9 @@ impl Metadata {
     }
 
     fn give_up(&mut self, mut cycle: Cycle) {
+        if let Some(journal) = &mut self.journal {
+            journal.cycle_failed();
+        }
         for pieces in [&cycle.written.unwrap_or_default(), &cycle.refblocks, &cycle.l2, &cycle.release.refblocks] {
             self.tables.landed(pieces, false);
         }
@@ -355,27 +360,28 @@ impl Metadata {
     /// Whether more waits in memory than may.
     pub fn overfull(&self) -> bool {
         let much = self.tables.dirty_bytes() > self.tables.limit_bytes() || self.freed.len() > FREED_MAX;
-        self.broken.is_none() && much
+        let no_room = self.journal.as_ref().is_some_and(|journal| journal.pressure().1);
+        self.broken.is_none() && (much || no_room)
     }
 
     /// Whether so much waits in memory that a cycle should run without anybody asking for a flush.
     pub fn wants_writeback(&self) -> bool {
-        self.cycle.is_none()
-            && self.broken.is_none()
-            && (self.tables.dirty_bytes() > self.tables.limit_bytes() / 4 || self.freed.len() > FREED_LIMIT)
+        let much = self.tables.dirty_bytes() > self.tables.limit_bytes() / 4 || self.freed.len() > FREED_LIMIT;
+        let little_room = self.journal.as_ref().is_some_and(|journal| journal.pressure().0);
+        self.cycle.is_none() && self.broken.is_none() && (much || little_room)
     }
 }
 
 impl Root {
-    /// Takes what is newer than the disk. `pointer(place, entries)` gives the header field of a moved table.
-    fn publish(&mut self, cluster: u64, pointer: impl Fn(u64, u64) -> (u64, Vec<u8>)) -> Publish {
+    /// Takes what is newer than the disk.
+    fn publish(&mut self, kind: RootKind, cluster: u64) -> Publish {
         let dirty = std::mem::take(&mut self.dirty);
         let moved = std::mem::take(&mut self.moved);
         let mut publish = Publish { moved, ..Publish::default() };
         let len = self.entries.len() as u64 * 8;
         if moved {
             publish.table.push((self.at, self.bytes(len.next_multiple_of(cluster))));
-            let (at, bytes) = pointer(self.at.0, len / 8);
+            let (at, bytes) = kind.header_field(self.at, len / 8, cluster);
             publish.pointer.push((HostOffset(at), bytes));
         } else {
             for &index in &dirty {

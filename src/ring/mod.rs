@@ -12,6 +12,7 @@
 
 mod exclusive;
 pub mod file;
+pub mod lasting;
 pub mod mem;
 mod pace;
 mod real;
