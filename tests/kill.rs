@@ -192,16 +192,15 @@ async fn live(dir: &Path, case: &Case, seed: u64, noted: bool) -> (Vec<State>, O
     let memory = lasting::map(&file, JOURNAL).unwrap();
     disk.keep_journal(Box::new(memory)).await.unwrap();
     if !noted {
-        disk.drop_journal();
+        image.drop_journal();
     }
     let parts: Parts = Arc::new(Mutex::new(cut_up(&content, TASKS, &mut dice)));
     let camera = Camera { top: top.clone(), journal, parts, states: Arc::default() };
     let at_barriers = camera.clone();
     top.on_barrier(move |_| at_barriers.take());
     let count = camera.parts.lock().unwrap().len();
-    let tasks: Vec<_> = (0..count)
-        .map(|me| task(Rc::clone(&disk), camera.clone(), me, Seed::new(dice.draw()), case.packs))
-        .collect();
+    let tasks: Vec<_> =
+        (0..count).map(|me| task(Rc::clone(&disk), camera.clone(), me, Seed::new(dice.draw()), case.packs)).collect();
     futures_util::future::join_all(tasks).await;
     top.on_barrier(|_| {});
     let mut states = std::mem::take(&mut *camera.states.lock().unwrap());
@@ -234,7 +233,8 @@ async fn verify(dir: &Path, state: State, backing: &Option<Vec<u8>>) -> Result<(
     if let Some(bytes) = backing {
         std::fs::write(dir.join("raw"), bytes).unwrap();
     }
-    check(&path, &top.content()).or_else(|e| if patched.is_empty() && e.contains("leaked") { Ok(()) } else { Err(e) })?;
+    check(&path, &top.content())
+        .or_else(|e| if patched.is_empty() && e.contains("leaked") { Ok(()) } else { Err(e) })?;
     let (image, top) = open(top.content(), backing, 1).await;
     image.begin_writing().map_err(|e| e.to_string())?;
     let disk = Disk::open(Arc::clone(&image), true).unwrap();

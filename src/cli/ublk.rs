@@ -41,13 +41,14 @@ fn list(json: bool) -> Result<ExitCode, String> {
     if json {
         return print_json(&found).map(|()| ExitCode::SUCCESS);
     }
-    let mut table = Table::new(&["ID", "DEVICE", "SIZE", "IN USE", "EXPORT"]);
-    for Listed { id, export, device, size_bytes, in_use } in found {
+    let mut table = Table::new(&["ID", "DEVICE", "SIZE", "IN USE", "DAEMON", "EXPORT"]);
+    for Listed { id, export, device, size_bytes, in_use, daemon } in found {
         table.row([
             id.to_string(),
             device.map_or("-".to_owned(), |device| device.display().to_string()),
             size_bytes.map_or("-".to_owned(), show),
             if in_use { "yes" } else { "no" }.to_owned(),
+            daemon.map_or("waits".to_owned(), |pid| pid.to_string()),
             export.unwrap_or_else(|| "-".to_owned()),
         ]);
     }

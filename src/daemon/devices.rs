@@ -6,6 +6,7 @@ pub use crate::serve::ublk::Devices;
 #[cfg(not(feature = "ublk"))]
 mod without {
     use crate::export::registry::Registry;
+    use std::path::Path;
     use std::sync::Arc;
     use std::time::Duration;
     use tracing::error;
@@ -18,7 +19,7 @@ mod without {
 
     impl Devices {
         /// None, for ever.
-        pub fn new(registry: Arc<Registry>) -> Devices {
+        pub fn new(registry: Arc<Registry>, _config: &Path) -> Devices {
             Devices { registry }
         }
 

@@ -149,7 +149,7 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     // from here on there may be threads and open images
     let registry = Registry::new(server.image_roots.clone(), server.lock_timeout);
     let live = Live::new(&server);
-    let devices = Devices::new(Arc::clone(&registry));
+    let devices = Devices::new(Arc::clone(&registry), &options.config);
     let control = Control::new(reload, first, Arc::clone(&registry), devices, live.clone());
     let count = server.worker_count();
     let workers = Workers::start(count).map_err(|source| Error::Start { what: "worker threads", source })?;

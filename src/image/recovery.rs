@@ -1,17 +1,23 @@
 //! Changes of metadata that outlive the process: noted while an image is written, carried out when it is opened again.
 //!
 //! For devices of this machine, whose users stay when the daemon dies (see [`crate::qcow2::journal`]). Nobody writes the
-//! image between the two but somebody who ignores what was promised: so before anything is carried out, the image is
-//! checked as it would be then, and refused when its refcounts would be wrong.
+//! image between the two but somebody who ignores what was promised: so before anything is carried out, the
+//! places that are to change are compared with what they were, and the image is checked as it would be then.
 
 use super::check::{DAEMON_MEMORY, Subject};
 use super::disk::Disk;
 use super::open::Opener;
 use super::repair::Scope;
-use super::{Error, FileId};
+use super::{Error, FileId, Image};
 use crate::block::Errno;
+use crate::pagebuf::PageBuf;
 use crate::qcow2::journal::{Journal, Memory, Order, Patched};
+use crate::units::HostOffset;
+use std::collections::BTreeMap;
 use std::path::Path;
+
+/// Why nothing is carried out.
+const CHANGED: &str = "another program has changed it since it was last written; it is left as it is";
 
 impl Disk {
     /// From now on every change of the image is noted in `memory` before it is answered, whoever makes it. Does nothing
@@ -25,22 +31,24 @@ impl Disk {
         self.metadata().keep_journal(Journal::new(memory));
         let begun = self.flush_image().await;
         if begun.is_err() {
-            self.drop_journal();
+            self.image().drop_journal();
         }
         begun
-    }
-
-    /// Nothing is noted any more.
-    pub fn drop_journal(&self) {
-        if !self.is_raw() {
-            self.metadata().drop_journal();
-        }
     }
 
     /// After a change, before it is answered: makes it durable if it could not be noted.
     pub(super) async fn keep_promise(&self) -> Result<(), Errno> {
         let lapsed = self.metadata().journal_lapsed();
         if lapsed { self.flush_image().await } else { Ok(()) }
+    }
+}
+
+impl Image {
+    /// Nothing is noted any more.
+    pub fn drop_journal(&self) {
+        if let Some(mut metadata) = self.layers[0].metadata() {
+            metadata.drop_journal();
+        }
     }
 }
 
@@ -57,6 +65,15 @@ impl Subject {
         if self.fixed_len && patched.end() > self.len {
             return Err(self.broken("its journal speaks of places behind the end of the device"));
         }
+        let mut found = BTreeMap::new();
+        for (at, len) in patched.places() {
+            let (read, bytes) = self.file.read(HostOffset(at), PageBuf::new(len as usize)).await;
+            read.map_err(|e| Error::io(&self.path, "read its metadata")(e.into()))?;
+            found.insert(at, bytes);
+        }
+        if !patched.is_ours(|at, len| part(&found, at, len)) {
+            return Err(self.broken(CHANGED));
+        }
         let len = self.len.max(patched.end());
         let len = std::mem::replace(&mut self.len, len);
         self.patched = Some(patched);
@@ -65,7 +82,7 @@ impl Subject {
         self.len = len;
         let found = found?;
         if found.corruptions > 0 || found.check_errors > 0 {
-            return Err(self.broken("another program has changed it since it was last written; it is left as it is"));
+            return Err(self.broken(CHANGED));
         }
         for order in Order::ALL {
             let pieces = patched.of(order);
@@ -82,6 +99,13 @@ impl Subject {
         }
         Ok(())
     }
+}
+
+/// Bytes of the file at `at`, from the pieces of it that were read.
+fn part(found: &BTreeMap<u64, PageBuf>, at: u64, len: u64) -> Vec<u8> {
+    let Some((start, bytes)) = found.range(..=at).next_back() else { return Vec::new() };
+    let from = (at - start) as usize;
+    bytes.get(from..from + len as usize).map(<[u8]>::to_vec).unwrap_or_default()
 }
 
 /// Carries out on an image what the journal of a process that has gone says. `id`: which file it is to be.

@@ -74,11 +74,14 @@ impl Metadata {
             panic!("refcount of cluster {cluster} is changed before its block exists");
         };
         let layout = self.layout;
+        let range = layout.refcount_bytes(index);
         let bytes = self.tables.change(slice);
+        let mut old = [0; 8];
+        let old = &mut old[..range.len()];
+        old.copy_from_slice(&bytes[range.clone()]);
         layout.set_refcount(bytes, index, value);
         if let Some(journal) = &mut self.journal {
-            let range = layout.refcount_bytes(index);
-            journal.note(Order::Refcounts, slice + range.start as u64, &bytes[range]);
+            journal.note(Order::Refcounts, slice + range.start as u64, old, &bytes[range]);
         }
         Ok(())
     }

@@ -14,6 +14,7 @@
 //! A ring without room *lapses*: it says nothing any more, and whoever changes something has it flushed before the answer,
 //! until a cycle that began later is durable. A new journal begins like that, so that it needs no clean image.
 
+use super::entry::OFFSET_MASK;
 use crate::units::HostOffset;
 use std::collections::BTreeMap;
 
@@ -60,6 +61,15 @@ pub struct Patch {
     pub at: HostOffset,
     /// What.
     pub bytes: Vec<u8>,
+    /// What was there before, as long; empty for a table at a place that nothing referred to.
+    pub old: Vec<u8>,
+}
+
+impl Patch {
+    /// Whether a change at `at` goes on where this one ends.
+    fn continues(&self, at: u64, old: &[u8]) -> bool {
+        self.at.0 + self.bytes.len() as u64 == at && self.old.is_empty() == old.is_empty()
+    }
 }
 
 /// The journal of one image, as its metadata writes it.
@@ -100,14 +110,18 @@ impl Journal {
     }
 
     /// Takes note of a change, for the next [`Journal::seal`].
-    pub(super) fn note(&mut self, order: Order, at: u64, bytes: &[u8]) {
+    ///
+    /// `old`: what the place held before, as long; empty for a new table.
+    pub(super) fn note(&mut self, order: Order, at: u64, old: &[u8], bytes: &[u8]) {
         if self.lapsed && self.cycle.is_none_or(|cycle| !cycle.heals) {
             return; // the cycle that ends this begins with it
         }
-        match self.open.last_mut() {
-            Some(last) if last.order == order && last.at.0 + last.bytes.len() as u64 == at => last.bytes.extend(bytes),
-            _ => self.open.push(Patch { order, at: HostOffset(at), bytes: bytes.to_vec() }),
+        if let Some(last) = self.open.last_mut().filter(|last| last.order == order && last.continues(at, old)) {
+            last.bytes.extend(bytes);
+            last.old.extend(old);
+            return;
         }
+        self.open.push(Patch { order, at: HostOffset(at), bytes: bytes.to_vec(), old: old.to_vec() });
     }
 
     /// Notes down what was changed, in order: from here on it outlives the process. Before the answer to whoever asked for
@@ -179,7 +193,7 @@ impl Journal {
     fn append(&mut self, patch: &Patch) -> bool {
         let zeroes = patch.bytes.iter().all(|&byte| byte == 0);
         let payload: &[u8] = if zeroes { &[] } else { &patch.bytes };
-        let len = (RECORD_BYTES + payload.len()) as u64;
+        let len = (RECORD_BYTES + payload.len() + patch.old.len()) as u64;
         if self.end - self.start + len > self.capacity {
             return false;
         }
@@ -188,8 +202,9 @@ impl Journal {
         record.extend((patch.bytes.len() as u32).to_be_bytes()); // tables are smaller than 4 GiB
         record.extend(self.end.to_be_bytes());
         record.extend(patch.at.0.to_be_bytes());
-        record.extend([patch.order as u8, u8::from(zeroes), 0, 0, 0, 0, 0, 0]);
+        record.extend([patch.order as u8, u8::from(zeroes), u8::from(!patch.old.is_empty()), 0, 0, 0, 0, 0]);
         record.extend(payload);
+        record.extend(&patch.old);
         let sum = crc32fast::hash(&record[4..]);
         record[..4].copy_from_slice(&sum.to_be_bytes());
         let at = (self.end % self.capacity) as usize;
@@ -261,18 +276,20 @@ impl Ring<'_> {
     fn record(&self, position: u64) -> Option<(Patch, u64)> {
         let head = self.bytes(position, RECORD_BYTES);
         let len = u64::from(u32::from_be_bytes(head[4..8].try_into().expect("four bytes")));
-        let zeroes = head[25] != 0;
+        let (zeroes, changed) = (head[25] != 0, head[26] != 0);
         let order = *Order::ALL.get(usize::from(head[24]))?;
         let payload = if zeroes { 0 } else { len as usize };
-        if be64(&head[8..]) != position || len > PATCH_MAX || RECORD_BYTES + payload > self.0.len() {
+        let old = if changed { len as usize } else { 0 };
+        if be64(&head[8..]) != position || len > PATCH_MAX || RECORD_BYTES + payload + old > self.0.len() {
             return None;
         }
-        let record = self.bytes(position, RECORD_BYTES + payload);
+        let record = self.bytes(position, RECORD_BYTES + payload + old);
         if crc32fast::hash(&record[4..]).to_be_bytes() != record[..4] {
             return None;
         }
-        let bytes = if zeroes { vec![0; len as usize] } else { record[RECORD_BYTES..].to_vec() };
-        let patch = Patch { order, at: HostOffset(be64(&head[16..])), bytes };
+        let (bytes, old) = record[RECORD_BYTES..].split_at(payload);
+        let bytes = if zeroes { vec![0; len as usize] } else { bytes.to_vec() };
+        let patch = Patch { order, at: HostOffset(be64(&head[16..])), bytes, old: old.to_vec() };
         Some((patch, record.len() as u64))
     }
 }
@@ -286,6 +303,8 @@ fn be64(bytes: &[u8]) -> u64 {
 pub struct Patched {
     /// By place; they do not overlap. A byte that was changed in two orders is written with the later one.
     pieces: BTreeMap<u64, (Order, Vec<u8>)>,
+    /// The changes one by one, in the order in which they were made.
+    single: Vec<Patch>,
 }
 
 impl Patched {
@@ -294,7 +313,8 @@ impl Patched {
         let mut all = Patched::default();
         for patch in patches {
             patch.at.0.checked_add(patch.bytes.len() as u64).filter(|&end| end <= i64::MAX as u64)?;
-            all.put(patch);
+            all.put(&patch);
+            all.single.push(patch);
         }
         Some(all)
     }
@@ -331,13 +351,53 @@ impl Patched {
         changed
     }
 
+    /// Where the file has to be looked at for [`Patched::is_ours`]: place and length in bytes.
+    pub fn places(&self) -> Vec<(u64, u64)> {
+        let mut places: Vec<(u64, u64)> =
+            self.pieces.iter().map(|(&at, (_, bytes))| (at, bytes.len() as u64)).collect();
+        places.dedup();
+        places
+    }
+
+    /// Whether the file is as the writer of the journal has left it: at each changed place is what was there before the
+    /// first change, or what one of them has made of it. A new table counts where the file refers to it already; nobody
+    /// knows what was at its place before. `on_disk` gives the bytes of a place of [`Patched::places`], or a part of it.
+    pub fn is_ours(&self, on_disk: impl Fn(u64, u64) -> Vec<u8>) -> bool {
+        // by byte: what it may be; nothing in a new table that the file does not refer to yet
+        let mut allowed: BTreeMap<u64, Option<Vec<u8>>> = BTreeMap::new();
+        for patch in &self.single {
+            let known = !patch.old.is_empty() || self.is_referred_to(patch, &on_disk);
+            for (i, &byte) in patch.bytes.iter().enumerate() {
+                let first = || known.then(|| patch.old.get(i).copied().into_iter().collect());
+                if let Some(values) = allowed.entry(patch.at.0 + i as u64).or_insert_with(first) {
+                    values.push(byte);
+                }
+            }
+        }
+        self.places().into_iter().all(|(at, len)| {
+            let found = on_disk(at, len);
+            (at..).zip(found).all(|(at, byte)| allowed[&at].as_ref().is_none_or(|values| values.contains(&byte)))
+        })
+    }
+
+    /// Whether an entry in the file names the new table of a patch.
+    fn is_referred_to(&self, table: &Patch, on_disk: &impl Fn(u64, u64) -> Vec<u8>) -> bool {
+        let pointers = self.single.iter().filter(|patch| matches!(patch.order, Order::Reftable | Order::L1));
+        pointers.filter(|patch| patch.old.len() % 8 == 0).any(|patch| {
+            let names = |entry: &[u8]| be64(entry) & OFFSET_MASK == table.at.0;
+            let entries = (patch.at.0..).step_by(8).zip(patch.bytes.chunks_exact(8));
+            let mut ours = entries.filter(|(_, entry)| names(entry));
+            ours.any(|(at, _)| on_disk(at, 8).chunks_exact(8).any(names))
+        })
+    }
+
     /// Whether anything changes in a range of the file.
     pub fn touches(&self, at: u64, len: u64) -> bool {
         let end = at.saturating_add(len);
         self.pieces.range(..end).next_back().is_some_and(|(&start, (_, piece))| start + piece.len() as u64 > at)
     }
 
-    fn put(&mut self, patch: Patch) {
+    fn put(&mut self, patch: &Patch) {
         let (at, end) = (patch.at.0, patch.at.0 + patch.bytes.len() as u64);
         let before = self.pieces.range(..at).next_back().map(|(&start, _)| start);
         let touched: Vec<u64> = before.into_iter().chain(self.pieces.range(at..end).map(|(&start, _)| start)).collect();
@@ -352,7 +412,7 @@ impl Patched {
                 self.pieces.insert(end, (order, piece[(end - start) as usize..].to_vec()));
             }
         }
-        self.pieces.insert(at, (patch.order, patch.bytes));
+        self.pieces.insert(at, (patch.order, patch.bytes.clone()));
     }
 }
 
@@ -379,7 +439,7 @@ mod tests {
     }
 
     fn patch(order: Order, at: u64, bytes: &[u8]) -> Patch {
-        Patch { order, at: HostOffset(at), bytes: bytes.to_vec() }
+        Patch { order, at: HostOffset(at), bytes: bytes.to_vec(), old: Vec::new() }
     }
 
     const LEN: usize = HEADER_BYTES + RING_MIN;
@@ -387,21 +447,21 @@ mod tests {
     #[test]
     fn what_is_sealed_is_found_until_it_is_durable() {
         let mut j = journal(LEN);
-        j.note(Order::Refcounts, 100, &[1, 2]);
-        j.note(Order::Refcounts, 102, &[3]);
-        j.note(Order::L2, 103, &[0; 4096]);
+        j.note(Order::Refcounts, 100, &[], &[1, 2]);
+        j.note(Order::Refcounts, 102, &[], &[3]);
+        j.note(Order::L2, 103, &[], &[0; 4096]);
         assert_eq!(found(&mut j), vec![], "not sealed");
         j.seal();
         let first = [patch(Order::Refcounts, 100, &[1, 2, 3]), patch(Order::L2, 103, &[0; 4096])];
         assert_eq!(found(&mut j), first);
         j.begin_cycle();
-        j.note(Order::L1, 8, &[9; 8]);
+        j.note(Order::L1, 8, &[], &[9; 8]);
         j.seal();
         assert_eq!(found(&mut j).len(), 3);
         j.cycle_failed();
         assert_eq!(found(&mut j).len(), 3, "still to be written");
         j.begin_cycle();
-        j.note(Order::L1, 16, &[7; 8]);
+        j.note(Order::L1, 16, &[], &[7; 8]);
         j.cycle_durable();
         j.seal();
         assert_eq!(found(&mut j), [patch(Order::L1, 16, &[7; 8])]);
@@ -411,11 +471,11 @@ mod tests {
     fn it_goes_round_for_ever() {
         let mut j = journal(LEN);
         for i in 0..5000u32 {
-            j.note(Order::L2, u64::from(i) * 4096, &i.to_be_bytes().repeat(20));
+            j.note(Order::L2, u64::from(i) * 4096, &[], &i.to_be_bytes().repeat(20));
             j.seal();
             if j.pressure().0 {
                 j.begin_cycle();
-                j.note(Order::Refcounts, 1, &i.to_be_bytes());
+                j.note(Order::Refcounts, 1, &[], &i.to_be_bytes());
                 j.seal();
                 j.cycle_durable();
                 assert_eq!(found(&mut j), [patch(Order::Refcounts, 1, &i.to_be_bytes())]);
@@ -427,17 +487,17 @@ mod tests {
     #[test]
     fn without_room_it_says_nothing_until_a_later_cycle() {
         let mut j = journal(LEN);
-        j.note(Order::L2, 0, &[1; 100]);
+        j.note(Order::L2, 0, &[], &[1; 100]);
         j.begin_cycle();
-        j.note(Order::L2, 512, &vec![2; RING_MIN]);
+        j.note(Order::L2, 512, &[], &vec![2; RING_MIN]);
         j.seal();
         assert!(j.lapsed());
         assert_eq!(found(&mut j), vec![]);
         j.cycle_durable();
         assert!(j.lapsed(), "that cycle began before");
-        j.note(Order::L2, 0, &[3; 8]);
+        j.note(Order::L2, 0, &[], &[3; 8]);
         j.begin_cycle();
-        j.note(Order::L2, 8, &[4; 8]);
+        j.note(Order::L2, 8, &[], &[4; 8]);
         j.seal();
         assert_eq!(found(&mut j), vec![], "not yet");
         j.cycle_durable();
@@ -450,11 +510,38 @@ mod tests {
     fn a_cycle_that_fails_heals_nothing() {
         let mut j = Journal::new(Box::new(vec![0; LEN]));
         j.begin_cycle();
-        j.note(Order::L2, 8, &[4; 8]);
+        j.note(Order::L2, 8, &[], &[4; 8]);
         j.cycle_failed();
         assert!(j.lapsed());
         j.seal();
         assert_eq!(found(&mut j), vec![]);
+    }
+
+    #[test]
+    fn what_others_have_changed_is_noticed() {
+        let entry = |value: u64| value.to_be_bytes();
+        let mut j = journal(LEN);
+        j.note(Order::Refcounts, 100, &[0, 0], &[0, 1]);
+        j.note(Order::L2, 0x10000, &[], &[0; 4096]);
+        j.note(Order::L1, 0x200, &entry(0), &entry(0x10000 | 1 << 63));
+        j.note(Order::L2, 0x10008, &entry(0), &entry(0x20000));
+        j.note(Order::L2, 0x10008, &entry(0x20000), &entry(0x30000));
+        j.seal();
+        let all = Patched::new(found(&mut j)).unwrap();
+        let file = |changes: &[(u64, &[u8])]| {
+            let mut file = vec![0u8; 0x12000];
+            for (at, bytes) in changes {
+                file[*at as usize..][..bytes.len()].copy_from_slice(bytes);
+            }
+            all.is_ours(|at, len| file[at as usize..(at + len) as usize].to_vec())
+        };
+        assert!(file(&[]), "nothing was written yet");
+        assert!(file(&[(100, &[0, 1]), (0x10008, &entry(0x20000)), (0x10100, &[7])]), "the table is nobody's yet");
+        let named: (u64, &[u8]) = (0x200, &entry(0x10000 | 1 << 63));
+        assert!(file(&[(100, &[0, 1]), named, (0x10008, &entry(0x30000))]));
+        assert!(!file(&[(100, &[0, 2])]), "a refcount that was never ours");
+        assert!(!file(&[named, (0x10100, &[7])]), "somebody else's entry in the table");
+        assert!(!file(&[(0x200, &entry(0x40000))]), "somebody else's table");
     }
 
     #[test]
@@ -470,7 +557,7 @@ mod tests {
         fn a_torn_record_ends_it(cut in 0usize..200, byte: u8) {
             let mut j = journal(LEN);
             for i in 0..4u64 {
-                j.note(Order::L2, i * 64, &[1 + i as u8; 10]);
+                j.note(Order::L2, i * 64, &[], &[1 + i as u8; 10]);
                 j.seal();
             }
             let whole = found(&mut j);

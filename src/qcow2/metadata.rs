@@ -516,11 +516,14 @@ impl Metadata {
     pub(super) fn set_entry(&mut self, slice: u64, index: usize, raw: RawEntry) {
         let layout = self.layout;
         let at = index * layout.l2_entry_bytes() as usize;
-        let bytes = self.tables.change(slice);
-        raw.store(&mut bytes[at..], layout);
+        let len = layout.l2_entry_bytes() as usize;
+        let bytes = &mut self.tables.change(slice)[at..at + len];
+        let mut old = [0; 16];
+        let old = &mut old[..len];
+        old.copy_from_slice(bytes);
+        raw.store(bytes, layout);
         if let Some(journal) = &mut self.journal {
-            let len = layout.l2_entry_bytes() as usize;
-            journal.note(Order::L2, slice + at as u64, &bytes[at..at + len]);
+            journal.note(Order::L2, slice + at as u64, old, bytes);
         }
     }
 
@@ -532,7 +535,7 @@ impl Metadata {
                 TableKind::Refcount => Order::Refcounts,
                 TableKind::L2 => Order::L2,
             };
-            journal.note(order, at, bytes);
+            journal.note(order, at, &[], bytes);
         }
     }
 
@@ -542,11 +545,11 @@ impl Metadata {
             RootKind::L1 => &mut self.l1,
             RootKind::Reftable => &mut self.reftable,
         };
-        root.entries[index] = raw;
+        let old = std::mem::replace(&mut root.entries[index], raw).to_be_bytes();
         root.dirty.insert(index);
         // behind that only while the table is on its way to another place, where it is noted as a whole
         if let Some(journal) = self.journal.as_mut().filter(|_| index < root.room) {
-            journal.note(kind.pointer(), root.at.0 + index as u64 * 8, &raw.to_be_bytes());
+            journal.note(kind.pointer(), root.at.0 + index as u64 * 8, &old, &raw.to_be_bytes());
         }
     }
 
@@ -561,9 +564,9 @@ impl Metadata {
         if let Some(journal) = &mut self.journal {
             let cluster = self.layout.cluster();
             let whole = root.bytes((root.room as u64 * 8).next_multiple_of(cluster));
-            journal.note(kind.table(), root.at.0, &whole);
+            journal.note(kind.table(), root.at.0, &[], &whole);
             let (at, pointer) = kind.header_field(root.at, root.room as u64, cluster);
-            journal.note(kind.pointer(), at, &pointer);
+            journal.note(kind.pointer(), at, &[], &pointer);
         }
     }
 

@@ -313,6 +313,8 @@ impl Metadata {
             }
             release.clearing.pop_front();
         }
+        // what is on disk is always in the journal, too: else it would look like somebody else's
+        self.seal_journal();
         release.refblocks = match self.broken {
             None => self.tables.take_dirty(TableKind::Refcount),
             Some(_) => Pieces::new(),

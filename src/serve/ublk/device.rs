@@ -4,8 +4,9 @@
 //! device never answers without its image, and an image's lock is given back when nothing can be read any more.
 
 use super::driver::{self, Link, NoDriver, Unused};
-use super::params::{MAX_REQUEST, params};
+use super::params::{MAX_REQUEST, SECTOR, params};
 use super::queue;
+use super::record::{self, Held, Record};
 use crate::block::{BlockDev, Geometry};
 use crate::export::device_keys::{DEFAULT_DEPTH, DeviceKeys, MAX_DEFAULT_QUEUES};
 use crate::export::service::Export;
@@ -14,6 +15,7 @@ use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -38,6 +40,8 @@ pub(super) enum Error {
     Size,
     #[error("/dev/ublkb{0} exists already: choose another ublkid, or remove the key")]
     Taken(u32),
+    #[error("its disk had {before} bytes when the former daemon ended, and has {now} now")]
+    Resized { before: u64, now: u64 },
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the driver refuses to {what}: {source}")]
@@ -53,7 +57,7 @@ pub(super) enum Event {
     /// The device is to go: at once with `force`, else when nobody has it open any more.
     Stop { force: bool },
     /// A queue has opened the image, or has not.
-    Attached(Result<Shape, String>),
+    Attached(Result<Attached, String>),
     /// A queue may be used. Its number and its thread.
     Made(u16, libc::pid_t),
     /// A queue's thread has ended.
@@ -67,50 +71,109 @@ pub(super) struct Shape {
     cluster: u32,
 }
 
-/// Makes a device of an export and serves it until it is told to stop; `started` gets its number.
+/// What the first queue has found, and has seen to.
+pub(super) struct Attached {
+    shape: Shape,
+    /// The images, if what happens to them outlives the daemon.
+    held: Option<Vec<Held>>,
+}
+
+/// Whether a device outlives the daemon that serves it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Lasting {
+    /// It ends with the daemon, and so do those who use it.
+    No,
+    /// It waits for the next daemon with this configuration; who uses it waits, too.
+    Yes(PathBuf),
+}
+
+/// Makes a device of an export, or goes on with the one of a former daemon, and serves it until it is told to stop;
+/// `started` gets its number. When it cannot be gone on with, it is deleted.
 pub(super) fn run(
     export: &Arc<Export>,
     keys: &DeviceKeys,
+    lasting: &Lasting,
+    former: Option<u32>,
+    orders: &Sender<Event>,
+    events: &Receiver<Event>,
+    started: impl FnOnce(u32),
+) -> Result<(), Error> {
+    let mut left = former;
+    let ended = serve_device(export, keys, lasting, &mut left, orders, events, started);
+    if let Some(id) = left {
+        driver::discard(id);
+    }
+    ended
+}
+
+/// As [`run`]; takes `former` when it is this one's to delete.
+fn serve_device(
+    export: &Arc<Export>,
+    keys: &DeviceKeys,
+    lasting: &Lasting,
+    former: &mut Option<u32>,
     orders: &Sender<Event>,
     events: &Receiver<Event>,
     started: impl FnOnce(u32),
 ) -> Result<(), Error> {
     driver::features()?;
-    let count = queue_count(keys)?;
-    if let Some(id) = keys.id.filter(|id| driver::node(*id).exists()) {
+    let refused = |what| move |source| Error::Driver { what, source };
+    let known = former.map(|id| UblkCtrl::new_simple(id as i32)).transpose().map_err(refused("find the device"))?;
+    let known = known.map(|control| (control.dev_info(), control));
+    let count = known.as_ref().map_or_else(|| queue_count(keys), |(info, _)| Ok(info.nr_hw_queues))?;
+    if let (None, Some(id)) = (&known, keys.id.filter(|id| driver::node(*id).exists())) {
         return Err(Error::Taken(id));
     }
-    let mut queues = Queues::start(export, count, orders)?;
-    let shape = queues.attached(events)?;
-    let control = UblkCtrlBuilder::default()
-        .name("cowgate")
-        .id(keys.id.map_or(-1, |id| id as i32)) // below 2^20
-        .nr_queues(count)
-        .depth(keys.depth.unwrap_or(DEFAULT_DEPTH))
-        .io_buf_bytes(MAX_REQUEST)
-        .ctrl_flags(u64::from(sys::UBLK_F_USER_COPY))
-        .ctrl_target_flags(driver::OURS)
-        .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
-        .build()
-        .map_err(|source| Error::Driver { what: "make the device", source })?;
+    let mut queues = Queues::start(export, count, lasting, orders)?;
+    let Attached { shape, held } = queues.attached(events)?;
+    let builder = UblkCtrlBuilder::default().name("cowgate").nr_queues(count);
+    let control = match known {
+        Some((info, former)) => {
+            let sectors = shape.geometry.size / SECTOR * SECTOR;
+            if let Some(before) = driver::size(info.dev_id).filter(|before| *before != sectors) {
+                return Err(Error::Resized { before, now: sectors });
+            }
+            former.start_user_recover().map_err(refused("begin again with the device"))?;
+            builder.id(info.dev_id as i32).depth(info.queue_depth).dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
+        }
+        None => builder
+            .id(keys.id.map_or(-1, |id| id as i32)) // below 2^20
+            .depth(keys.depth.unwrap_or(DEFAULT_DEPTH))
+            .io_buf_bytes(MAX_REQUEST)
+            .ctrl_flags(flags(held.is_some()))
+            .ctrl_target_flags(driver::OURS)
+            .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV),
+    };
+    let control = control.build().map_err(refused("make the device"))?;
     let id = control.dev_info().dev_id;
+    if let (Some(images), Lasting::Yes(config)) = (held, lasting) {
+        let config_of = export.config();
+        let record =
+            Record { config: config.clone(), export: config_of.name.clone(), path: config_of.path.clone(), images };
+        if let Err(e) = record.write(id) {
+            record::warn_of(&config_of.name, &e);
+        }
+    }
     let rotational = export.config().rotational;
     let set = |device: &mut UblkDev| {
         device.tgt.dev_size = shape.geometry.size;
         device.tgt.params = params(&shape.geometry, shape.cluster, rotational);
         Ok(())
     };
-    let device = UblkDev::new(control.get_name(), set, &control)
-        .map_err(|source| Error::Driver { what: "open the device", source })?;
-    let device = Arc::new(device);
-    queues.make(&device, &control, events)?;
-    control.start_dev(&device).map_err(|source| Error::Driver { what: "start the device", source })?;
+    let device = Arc::new(UblkDev::new(control.get_name(), set, &control).map_err(refused("open the device"))?);
+    let made = queues.make(&device, &control, events);
+    let begun = made.and_then(|()| control.start_dev(&device).map_err(refused("start the device")));
+    if let Err(e) = begun {
+        let _ = control.kill_dev(); // else its queues would wait for requests
+        return Err(e);
+    }
     let name = &export.config().name;
     let link = Link::make(name, id);
     if let Err(e) = &link {
         warn!("export {name:?}: no link in {}: {e}", driver::BY_NAME);
     }
-    info!("export {name:?}: is {}, {count} queues", driver::node(id).display());
+    let again = if former.take().is_some() { "again " } else { "" };
+    info!("export {name:?}: is {again}{}, {count} queues", driver::node(id).display());
     started(id);
     let claim = until_stopped(id, events);
     if let Err(e) = control.kill_dev() {
@@ -118,10 +181,23 @@ pub(super) fn run(
     }
     drop((link, claim));
     queues.join();
-    // deletes it
-    drop((device, control));
+    drop(device);
+    if let Err(e) = driver::remove(&control) {
+        warn!("{}: {e}", driver::node(id).display()); // somebody else has deleted it
+    }
+    record::forget(id);
     info!("export {name:?}: {} is deleted", driver::node(id).display());
     Ok(())
+}
+
+/// What of the driver's features a device uses.
+fn flags(lasting: bool) -> u64 {
+    let recovery = match lasting {
+        // what was under way when the daemon died is asked for again: doing it twice does no harm
+        true => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
+        false => 0,
+    };
+    u64::from(sys::UBLK_F_USER_COPY | recovery)
 }
 
 fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {
@@ -164,13 +240,15 @@ struct Queues {
 }
 
 impl Queues {
-    fn start(export: &Arc<Export>, count: u16, events: &Sender<Event>) -> Result<Queues, Error> {
+    fn start(export: &Arc<Export>, count: u16, lasting: &Lasting, events: &Sender<Event>) -> Result<Queues, Error> {
         let mut queues = Queues { threads: Vec::new(), go: Vec::new() };
         for id in 0..count {
             let (go, device) = oneshot::channel();
             let (export, events) = (Arc::clone(export), events.clone());
+            let lasts = id == 0 && *lasting != Lasting::No; // one is enough to keep a journal
             let thread = thread::Builder::new().name(format!("cowgate-q{id}")).spawn(move || {
-                let run = || ring::run(serve(id, &export, device, &events)).unwrap_or_else(|e| Err(e.to_string()));
+                let run =
+                    || ring::run(serve(id, &export, lasts, device, &events)).unwrap_or_else(|e| Err(e.to_string()));
                 let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("its thread panicked".into()));
                 let _ = events.send(Event::Ended(ended)); // nobody may wait for it any more
             });
@@ -181,17 +259,21 @@ impl Queues {
     }
 
     /// Waits until every queue has the image open.
-    fn attached(&self, events: &Receiver<Event>) -> Result<Shape, Error> {
-        let mut shape = None;
+    fn attached(&self, events: &Receiver<Event>) -> Result<Attached, Error> {
+        let (mut shape, mut held) = (None, None);
         for _ in &self.threads {
             match events.recv() {
-                Ok(Event::Attached(Ok(found))) => shape = Some(found),
+                Ok(Event::Attached(Ok(found))) => {
+                    shape = Some(found.shape);
+                    held = held.or(found.held);
+                }
                 Ok(Event::Attached(Err(why)) | Event::Ended(Err(why))) => return Err(Error::Image(why)),
                 Ok(Event::Stop { .. }) => return Err(Error::Stopped),
                 Ok(Event::Ended(Ok(())) | Event::Made(..)) | Err(_) => return Err(Error::Ended),
             }
         }
-        shape.filter(|shape| shape.geometry.size >= 512).ok_or(Error::Size)
+        let shape = shape.filter(|shape| shape.geometry.size >= SECTOR).ok_or(Error::Size)?;
+        Ok(Attached { shape, held })
     }
 
     /// Gives each queue the device, and waits until all may be used.
@@ -225,10 +307,12 @@ impl Drop for Queues {
     }
 }
 
-/// One queue from the opening of its image to the last flush.
+/// One queue from the opening of its image to the last flush. `lasts`: it sees to it that what happens to the images
+/// outlives the daemon.
 async fn serve(
     id: u16,
     export: &Arc<Export>,
+    lasts: bool,
     device: oneshot::Receiver<Arc<UblkDev>>,
     events: &Sender<Event>,
 ) -> Result<(), String> {
@@ -247,7 +331,12 @@ async fn serve(
         }
     };
     let shape = Shape { geometry: client.device().geometry(), cluster: client.device().cluster() };
-    tell(Event::Attached(Ok(shape)));
+    // what is in a layer that is thrown away cannot be found again
+    let kept = match lasts && export.config().client.copy_on_write.is_none() {
+        true => record::keep(client.device()).await.inspect_err(|e| record::warn_of(&export.config().name, e)).ok(),
+        false => None,
+    };
+    tell(Event::Attached(Ok(Attached { shape, held: kept.as_ref().map(|kept| kept.held.clone()) })));
     let served = match device.await {
         Ok(device) => {
             let made = || tell(Event::Made(id, UblkCtrl::init_queue_thread()));
@@ -265,5 +354,6 @@ async fn serve(
         Err(_) => Ok(()),
     };
     client.detach().await.run().await;
+    drop(kept); // not before all is flushed
     served
 }

@@ -1,8 +1,9 @@
 //! What this machine's ublk driver has: whether it is there, which devices it knows, who has one of them open.
 
 use super::params::SECTOR;
-use libublk::UblkError;
+use super::record;
 use libublk::ctrl::UblkCtrl;
+use libublk::{UblkError, sys};
 use nix::sys::stat::stat;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -11,6 +12,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 /// Where the driver takes orders.
@@ -63,6 +66,9 @@ pub struct Listed {
     pub size_bytes: Option<u64>,
     /// Somebody has it open. A process that we may not look into is not seen.
     pub in_use: bool,
+    /// The process that serves it; `None`: whoever uses it waits for one, or gets errors. One that we may not look into is
+    /// not seen.
+    pub daemon: Option<u32>,
 }
 
 /// The devices of the driver, by their numbers.
@@ -71,10 +77,10 @@ pub fn list() -> io::Result<Vec<Listed>> {
     let mut found = Vec::new();
     for id in ids()? {
         let device = Some(node(id)).filter(|node| node.exists());
-        let sectors = fs::read_to_string(format!("/sys/block/ublkb{id}/size")).ok();
         let in_use = device.is_some() && matches!(Unused::claim(id), Ok(None));
-        let size_bytes = sectors.and_then(|text| text.trim().parse::<u64>().ok()).map(|sectors| sectors * SECTOR);
-        found.push(Listed { id, export: names.get(&id).cloned(), device, size_bytes, in_use });
+        let size_bytes = size(id);
+        let daemon = stat(&Path::new("/dev").join(format!("ublkc{id}"))).ok().and_then(|found| holder(&found));
+        found.push(Listed { id, export: names.get(&id).cloned(), device, size_bytes, in_use, daemon });
     }
     Ok(found)
 }
@@ -116,7 +122,8 @@ pub fn delete(id: u32, force: bool) -> Result<(), DeleteError> {
     }
     control.kill_dev().map_err(failed)?;
     drop(claim);
-    control.del_dev().map_err(failed)?;
+    remove(&control).map_err(failed)?;
+    record::forget(id);
     Ok(())
 }
 
@@ -142,26 +149,74 @@ fn names() -> BTreeMap<u32, String> {
     links.filter_map(|link| Some((target(&link)?, link.file_name().into_string().ok()?))).collect()
 }
 
-/// Deletes what is left of devices of ours that have no daemon any more, and links that lead nowhere.
-pub(super) fn sweep() {
+/// How long the driver may take to notice that a daemon has gone.
+const NOTICE: Duration = Duration::from_secs(30);
+/// How often it is asked.
+const ASK: Duration = Duration::from_millis(20);
+
+/// Clears away after daemons that have gone: deletes their devices, and links that lead nowhere. Returns the devices that
+/// wait for another daemon.
+pub(super) fn sweep() -> Vec<u32> {
     for link in fs::read_dir(BY_NAME).into_iter().flatten().flatten() {
         if !link.path().exists() {
             let _ = fs::remove_file(link.path()); // another daemon may have done so
         }
     }
-    for id in ids().unwrap_or_default() {
-        if node(id).exists() {
-            continue;
-        }
-        let Ok(control) = UblkCtrl::new_simple(id as i32) else { continue };
+    let ids = ids().unwrap_or_default();
+    record::forget_all_but(&ids);
+    ids.into_iter().filter(|id| waits_for_daemon(*id)).collect()
+}
+
+/// Whether a device of ours has no daemon and waits for another one. One that has none and does not wait is deleted.
+fn waits_for_daemon(id: u32) -> bool {
+    let deadline = Instant::now() + NOTICE;
+    loop {
+        let Ok(control) = UblkCtrl::new_simple(id as i32) else { return false };
         let info = control.dev_info();
-        if info.ublksrv_flags == OURS && u32::from(info.state) == libublk::sys::UBLK_S_DEV_DEAD {
-            match control.del_dev() {
-                Ok(_) => info!("ublk device {id}: its daemon has gone, deleted"),
-                Err(e) => warn!("ublk device {id}: its daemon has gone, and it cannot be deleted: {e}"),
+        if info.ublksrv_flags != OURS || is_daemon(info.ublksrv_pid) {
+            return false;
+        }
+        match u32::from(info.state) {
+            sys::UBLK_S_DEV_QUIESCED => return true,
+            sys::UBLK_S_DEV_LIVE if Instant::now() < deadline => thread::sleep(ASK),
+            _ => {
+                discard(id);
+                return false;
             }
         }
     }
+}
+
+/// Deletes a device whose daemon has gone; what uses it gets errors.
+pub(super) fn discard(id: u32) {
+    let deleted = UblkCtrl::new_simple(id as i32).and_then(|control| {
+        let _ = control.kill_dev(); // it may never have been started
+        remove(&control)
+    });
+    record::forget(id);
+    match deleted {
+        Ok(()) => info!("ublk device {id}: its daemon has gone, deleted"),
+        Err(e) => warn!("ublk device {id}: its daemon has gone, and it cannot be deleted: {e}"),
+    }
+}
+
+/// Deletes a device that was stopped. It does not wait for those who still have it open, if the driver is of Linux 6.9 or
+/// later: they get errors as long as they like.
+pub(super) fn remove(control: &UblkCtrl) -> Result<(), UblkError> {
+    control.del_dev_async().or_else(|_| control.del_dev()).map(drop)
+}
+
+/// Whether a process of this program has this number, other than this one.
+fn is_daemon(pid: i32) -> bool {
+    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    let ours = name("self");
+    u32::try_from(pid).is_ok_and(|pid| pid != std::process::id()) && ours.is_some() && name(&pid.to_string()) == ours
+}
+
+/// Size in bytes of a device that was started.
+pub(super) fn size(id: u32) -> Option<u64> {
+    let sectors = fs::read_to_string(format!("/sys/block/ublkb{id}/size")).ok()?;
+    sectors.trim().parse::<u64>().ok()?.checked_mul(SECTOR)
 }
 
 /// The block device of this number.
@@ -185,27 +240,24 @@ impl Unused {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
             Err(e) => return Err(e),
         };
-        let device = stat(&node)?.st_rdev;
-        Ok((!others_have_open(device)).then_some(Unused { _file: file }))
+        let others = holder(&stat(&node)?).is_some();
+        Ok((!others).then_some(Unused { _file: file }))
     }
 }
 
-/// Whether a process other than this one has a device open. One that we may not look into is not seen.
-fn others_have_open(device: libc::dev_t) -> bool {
-    let me = std::process::id().to_string();
-    let Ok(processes) = fs::read_dir("/proc") else { return false };
-    processes.flatten().filter(|process| is_number(&process.file_name()) && process.file_name() != *me).any(|process| {
-        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { return false };
-        descriptors.flatten().any(|fd| stat(&fd.path()).is_ok_and(|found| is_block(&found) && found.st_rdev == device))
-    })
-}
-
-fn is_number(name: &OsStr) -> bool {
-    name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
-}
-
-fn is_block(found: &libc::stat) -> bool {
-    found.st_mode & libc::S_IFMT == libc::S_IFBLK
+/// A process other than this one that has a device open. One that we may not look into is not seen.
+fn holder(device: &libc::stat) -> Option<u32> {
+    let kind = |found: &libc::stat| (found.st_mode & libc::S_IFMT, found.st_rdev);
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut others = processes.filter_map(|process| {
+        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+        (pid != std::process::id()).then(|| (pid, process.path().join("fd")))
+    });
+    let has_open = |descriptors: &Path| {
+        let mut all = fs::read_dir(descriptors).into_iter().flatten().flatten();
+        all.any(|fd| stat(&fd.path()).is_ok_and(|found| kind(&found) == kind(device)))
+    };
+    others.find(|(_, descriptors)| has_open(descriptors)).map(|(pid, _)| pid)
 }
 
 /// A link from an export's name to its device, for as long as this lives.
@@ -260,10 +312,5 @@ mod tests {
         assert_eq!(link_name("a/b c\\d"), r"a\x2fb\x20c\x5cd");
         assert_eq!((link_name("..").as_str(), link_name(".x").as_str()), (r"\x2e.", r"\x2ex"));
         assert_eq!(link_name("müller"), "müller");
-    }
-
-    #[test]
-    fn numbers_are_told_from_words() {
-        assert!(is_number(OsStr::new("123")) && !is_number(OsStr::new("self")));
     }
 }

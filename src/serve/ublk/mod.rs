@@ -1,7 +1,8 @@
 //! Exports as block devices of this machine, `/dev/ublkbN`: the devices that there are follow the configuration.
 //!
 //! - [`driver`]: what the kernel's ublk driver has, and who uses a device
-//! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers
+//! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers; `record`:
+//!   what outlives the daemon
 //!
 //! [`Devices::follow`] is called after each reload and returns at once: each device has a thread that makes it, serves
 //! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
@@ -11,13 +12,16 @@ mod device;
 pub mod driver;
 mod params;
 mod queue;
+mod record;
 
 use crate::export::device_keys::DeviceKeys;
 use crate::export::registry::{Entry, Registry};
 use crate::export::service::Export;
-use device::Event;
+use device::{Event, Lasting};
+use record::Record;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Place;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -32,6 +36,8 @@ pub struct Devices {
 
 struct Shared {
     registry: Arc<Registry>,
+    /// The configuration whose devices these are.
+    config: PathBuf,
     table: Mutex<Table>,
     /// Told when a device has gone.
     gone: Condvar,
@@ -43,6 +49,8 @@ struct Table {
     devices: BTreeMap<String, Device>,
     /// The daemon ends: nothing new is made.
     stopping: bool,
+    /// Devices of a daemon before this one that wait, until the first look at the configuration.
+    waiting: Vec<u32>,
 }
 
 struct Device {
@@ -56,13 +64,17 @@ struct Device {
 }
 
 impl Devices {
-    /// None yet. What a daemon that has gone left of its devices is deleted.
-    pub fn new(registry: Arc<Registry>) -> Devices {
-        driver::sweep();
-        Devices { shared: Arc::new(Shared { registry, table: Mutex::default(), gone: Condvar::new() }) }
+    /// None yet, for the configuration in this file. Clears away after daemons that have gone.
+    pub fn new(registry: Arc<Registry>, config: &Path) -> Devices {
+        let table = Mutex::new(Table { waiting: driver::sweep(), ..Table::default() });
+        let config = config.canonicalize().unwrap_or_else(|_| config.to_owned());
+        Devices { shared: Arc::new(Shared { registry, config, table, gone: Condvar::new() }) }
     }
 
     /// Makes the devices that the configuration asks for, and has those go that it does not.
+    ///
+    /// The first call goes on with the devices of a former daemon. It blocks until their images are what they were: before
+    /// anybody else may open them.
     pub fn follow(&self) {
         self.shared.follow();
     }
@@ -129,22 +141,56 @@ impl Shared {
                 device.leave(false);
             }
         }
+        let waiting = std::mem::take(&mut table.waiting);
+        let mut former = self.former(waiting, &wanted);
         for (name, entry) in wanted {
             let Some(keys) = entry.device else { continue };
+            let former = former.remove(&name);
             if let Place::Vacant(place) = table.devices.entry(name)
-                && let Some(device) = self.start(entry.export, keys)
+                && let Some(device) = self.start(entry.export, keys, former)
             {
                 place.insert(device);
             }
         }
     }
 
-    /// Starts the thread of a device.
-    fn start(self: &Arc<Self>, export: Arc<Export>, keys: DeviceKeys) -> Option<Device> {
+    /// Which of the devices that wait are gone on with, by export. Those that are nobody's any more are deleted.
+    fn former(&self, waiting: Vec<u32>, wanted: &BTreeMap<String, Entry>) -> BTreeMap<String, u32> {
+        let mut former = BTreeMap::new();
+        for id in waiting {
+            let Some(record) = Record::read(id) else {
+                driver::discard(id);
+                continue;
+            };
+            if record.config != self.config {
+                info!("ublk device {id}: waits for the daemon of {}", record.config.display());
+                continue;
+            }
+            let same = |entry: &&Entry| entry.export.config().path == record.path;
+            let carried_out = match wanted.get(&record.export).filter(same) {
+                Some(_) => record.carry_out().map_err(|e| e.to_string()),
+                None => Err("the configuration has no such device any more".to_owned()),
+            };
+            match carried_out {
+                Ok(()) => {
+                    former.insert(record.export, id);
+                }
+                Err(why) => {
+                    error!("export {:?}: its device cannot be gone on with: {why}", record.export);
+                    driver::discard(id);
+                }
+            }
+        }
+        former
+    }
+
+    /// Starts the thread of a device, which may be there already: then it waits for a daemon.
+    fn start(self: &Arc<Self>, export: Arc<Export>, keys: DeviceKeys, former: Option<u32>) -> Option<Device> {
         let (events, heard) = mpsc::channel();
         let device = Device { export: Arc::clone(&export), keys: keys.clone(), events, leaving: false, id: None };
         let (shared, orders) = (Arc::clone(self), device.events.clone());
         let name = export.config().name.clone();
+        let lasting = Lasting::Yes(self.config.clone());
         let thread = thread::Builder::new().name("cowgate-ublk".to_owned()).spawn({
             let name = name.clone();
             move || {
@@ -153,7 +199,7 @@ impl Shared {
                         device.id = Some(id);
                     }
                 };
-                let ended = device::run(&export, &keys, &orders, &heard, started);
+                let ended = device::run(&export, &keys, &lasting, former, &orders, &heard, started);
                 match &ended {
                     Ok(()) | Err(device::Error::Stopped) => {}
                     Err(e) => error!("export {name:?}: no block device: {e}"),

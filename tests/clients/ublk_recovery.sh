@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Run by tests/ublk.rs as root in a guest: a daemon that is killed while its block devices are in use, and the next one,
+# which goes on with them.
+# usage: ublk_recovery.sh COWGATE ROUNDS
+set -euo pipefail
+cowgate=$1 rounds=$2
+# shellcheck source=tests/clients/guest.sh
+. "$(dirname "$0")/guest.sh"
+names=/dev/cowgate/by-name
+left=/run/cowgate/devices
+
+die() {
+    kill -9 "$pid"
+    wait "$pid" 2>/dev/null || true
+}
+appears() { # export
+    until_true "the device of $1" test -b "$names/$1"
+    device=$(readlink -f "$names/$1")
+}
+said() { grep -q "$1" "$dir/log"; }
+image_is_good() { qemu-img check -q -f qcow2 "$1" || fail "qemu-img check $1: $(qemu-img check -f qcow2 "$1" 2>&1)"; }
+
+configure ''
+modprobe ublk_drv
+qemu-img create -q -f qcow2 "$dir/base.qcow2" 200M
+qemu-io -f qcow2 -c "write -P 7 0 100M" "$dir/base.qcow2" >/dev/null
+for name in bare files gone foreign; do
+    qemu-img create -q -f qcow2 -F qcow2 -b "$dir/base.qcow2" "$dir/$name.qcow2"
+    export_file "$name" "$dir/$name.qcow2" "ublk = true\nublkqueues = 2"
+done
+truncate -s 64M "$dir/raw.raw"
+export_file raw "$dir/raw.raw" "ublk = true"
+start
+
+say "loads: verified writes on a QCOW2 and a raw device, files on another"
+appears bare
+bare=$device
+appears raw
+raw=$device
+appears files
+files=$device
+mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 "$files"
+mount "$files" /mnt
+# until there were enough rounds: written in part over what there is, read back at once and once more at the end
+verify() { # device, size
+    local runs=0
+    until [ -e "$dir/enough" ]; do
+        fio --name=v --filename="$1" --size="$2" --rw=randwrite --bsrange=4k-64k --ba=4k --direct=1 --ioengine=libaio \
+            --iodepth=8 --verify=crc32c --verify_fatal=1 --verify_backlog=32 --do_verify=1 --fsync=128 \
+            --randrepeat=0 --verify_state_save=0 --minimal >"$dir/fio-$3" 2>&1 || return 1
+        [ "$3" = raw ] || blkdiscard -o $((100 << 20)) -l $((20 << 20)) "$1"
+        runs=$((runs + 1))
+    done
+    echo "$runs" >"$dir/runs-$3"
+}
+copy() {
+    local n=0 old
+    until [ -e "$dir/enough" ]; do
+        n=$((n + 1))
+        cp -r "$(dirname "$0")/../../src" "/mnt/$n"
+        [ $((n % 2)) -eq 0 ] || sync /mnt
+        old=/mnt/$((n - 3))
+        [ ! -e "$old" ] || rm -r "$old"
+    done
+    echo "$n" >"$dir/runs-files"
+}
+verify "$bare" 96M bare & loads=($!)
+verify "$raw" 24M raw & loads+=($!)
+copy & loads+=($!)
+
+for round in $(seq "$rounds"); do
+    sleep "0.$((RANDOM % 8 + 1))"
+    die
+    start
+    for load in "${loads[@]}"; do
+        kill -0 "$load" 2>/dev/null || { cat "$dir"/fio-*; fail "a load has ended in round $round"; }
+    done
+done
+touch "$dir/enough"
+for load in "${loads[@]}"; do
+    wait "$load" || { cat "$dir"/fio-*; fail "a load has failed"; }
+done
+say "$rounds rounds; runs: bare $(cat "$dir/runs-bare"), raw $(cat "$dir/runs-raw"), copies $(cat "$dir/runs-files")"
+equal "the device" "$(readlink -f "$names/bare")" "$bare"
+# of the disk, not of the page cache
+echo 3 >/proc/sys/vm/drop_caches
+last=$(cat "$dir/runs-files")
+diff -r "$(dirname "$0")/../../src" "/mnt/$last" || fail "files have changed"
+umount /mnt
+e2fsck -fn "$files" >"$dir/fsck" 2>&1 || { cat "$dir/fsck"; fail "the file system is broken"; }
+grep -E "cannot be gone on|panicked" "$dir/log" && fail "the log complains"
+[ "$(grep -c 'is again /dev' "$dir/log")" -ge $((rounds * 5)) ] || fail "not every device was gone on with"
+
+say "an export that has gone, and an image that somebody else has changed"
+appears gone
+gone=$device
+appears foreign
+foreign=$device
+exec 7<"$gone" 8<"$foreign"
+# not flushed: only the journal knows
+dd if=/dev/urandom of="$foreign" bs=64k count=64 seek=1600 oflag=direct status=none
+die
+rm "$dir/conf.d/gone.conf"
+qemu-io -f qcow2 -c "write -P 5 10M 8M" "$dir/foreign.qcow2" >/dev/null
+start
+said 'export "gone": its device cannot be gone on with: the configuration has no such device' || fail "nothing is said of gone"
+said 'export "foreign": its device cannot be gone on with: .*another program has changed it' || fail "nothing is said of foreign"
+[ ! -e "$gone" ] || fail "the device of an export that has gone is there"
+equal "what the old device still reads" "$(dd bs=4k count=1 iflag=direct status=none <&8 2>/dev/null | wc -c)" 0
+exec 7<&- 8<&-
+appears bare
+image_is_good "$dir/foreign.qcow2"
+equal "what the other program wrote" "$(qemu-io -r -f qcow2 -c 'read -P 5 10M 8M' "$dir/foreign.qcow2" | grep -c 'verification failed')" 0
+
+say "devices that wait while nobody serves them"
+die
+"$cowgate" ublk list | grep -q "$bare .*waits" || fail "it is not said to wait: $("$cowgate" ublk list)"
+"$cowgate" ublk delete --all --force >/dev/null
+equal "what is left of devices" "$("$cowgate" ublk list | wc -l)" 1
+start
+for name in bare files raw; do appears "$name"; done
+stop
+for name in bare files foreign base; do image_is_good "$dir/$name.qcow2"; done
+equal "what is left behind" "$(find "$left" -type f | wc -l)" 0
+grep -E 'panicked' "$dir/log" && fail "the daemon panicked"
+dmesg | grep -E 'BUG:|WARNING:|blocked for more' && fail "the kernel complains"
+say "done"
+echo "all is well"
