@@ -14,14 +14,16 @@ use crate::export::usage;
 use crate::pagebuf::PageBuf;
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, with_task_io_ring};
+use io_uring::IoUring;
+use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_io_ring};
 use libublk::uring_async::ublk_wake_task;
 use libublk::{BufDesc, UblkError};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::{pread, pwrite};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use tokio::io::Interest;
@@ -29,11 +31,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tracing::error;
 
+/// Flag of io_uring_enter(2): waits for events, or, with none to wait for, does what was put off.
+const IORING_ENTER_GETEVENTS: u32 = 1;
+
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
 ///
 /// Runs on the queue's thread, inside `ring::run`. Errors: the queue cannot be made, or its ring fails.
 pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl FnOnce()) -> Result<(), UblkError> {
+    make_ring(device)?;
     let queue = UblkQueue::new(id, device)?;
     let pump = Pump::new(&queue)?;
     made();
@@ -45,6 +51,21 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
         ended = pump.run() => ended,
         () = all => Ok(()),
     }
+}
+
+/// Makes the thread's ring, which libublk keeps.
+///
+/// The driver's requests come as task work of this thread. With DEFER_TASKRUN it is done when the thread asks for it, and
+/// the kernel does what is left of it before it takes back the commands of a process that is killed. Without, kernels as
+/// late as 6.12 take the command back first, and then touch what they have freed.
+fn make_ring(device: &UblkDev) -> Result<(), UblkError> {
+    let depth = u32::from(device.dev_info.queue_depth);
+    ublk_init_task_ring(|cell| {
+        let mut builder = IoUring::builder();
+        let builder = builder.setup_cqsize(2 * depth).setup_single_issuer().setup_defer_taskrun();
+        let ring = builder.build(depth).map_err(UblkError::IOError)?;
+        cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))
+    })
 }
 
 /// The requests that come under one tag, one after the other.
@@ -144,7 +165,8 @@ impl Session<'_> {
 /// Submits to the driver's ring and wakes whoever waits for its answers.
 struct Pump<'a> {
     queue: &'a UblkQueue<'a>,
-    ring: AsyncFd<Ring>,
+    /// Told of all that the ring has for the thread: work to be done, and answers.
+    news: AsyncFd<EventFd>,
     /// Told when there is something to submit.
     filled: Notify,
     /// Requests that are being carried out.
@@ -166,22 +188,14 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// The descriptor of the thread's ring, which libublk owns.
-struct Ring(RawFd);
-
-impl AsRawFd for Ring {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0
-    }
-}
-
 impl<'a> Pump<'a> {
     fn new(queue: &'a UblkQueue<'a>) -> io::Result<Pump<'a>> {
-        let ring = Ring(with_task_io_ring(|ring| ring.as_raw_fd()));
-        // SAFETY: the ring lives in a thread-local of libublk from the making of the queue to the end of the thread, and
-        // so longer than this.
-        let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
-        Ok(Pump { queue, ring, filled: Notify::new(), busy: Cell::new(0), idle: Notify::new() })
+        // the ring's own descriptor is readable when there are answers, but not on every kernel when there is work put off
+        let news = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        with_task_io_ring(|ring| ring.submitter().register_eventfd(news.as_fd().as_raw_fd()))?;
+        // SAFETY: an EventFd owns its descriptor, and keeps the same one.
+        let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?;
+        Ok(Pump { queue, news, filled: Notify::new(), busy: Cell::new(0), idle: Notify::new() })
     }
 
     fn busy(&'a self) -> Busy<'a> {
@@ -202,6 +216,11 @@ impl<'a> Pump<'a> {
     /// Moves commands and answers until the device is stopped, or the ring fails.
     async fn run(&self) -> Result<(), UblkError> {
         loop {
+            // has the kernel do what it has put off
+            with_task_io_ring(|ring| {
+                // SAFETY: nothing is submitted with this, and nothing is passed.
+                unsafe { ring.submitter().enter::<libc::sigset_t>(0, 0, IORING_ENTER_GETEVENTS, None) }
+            })?;
             // what is queued is submitted with this, too
             match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
                 Ok(_) => {}
@@ -209,7 +228,8 @@ impl<'a> Pump<'a> {
                 Err(e) => return Err(e),
             }
             tokio::select! {
-                ready = self.ring.readable() => ready?.clear_ready(),
+                // each signal is a new event, whatever its counter says
+                ready = self.news.readable() => ready?.clear_ready(),
                 () = self.filled.notified() => {}
             }
         }
