@@ -4,6 +4,7 @@
 pub mod certs;
 pub mod daemon;
 pub mod features;
+pub mod guest;
 pub mod holder;
 pub mod libnbd;
 pub mod nbd;
