@@ -17,3 +17,15 @@ fn nbd_clients_write_beside_a_device() {
 fn nbd_clients_write_beside_a_device_of_the_newest_kernel() {
     guest::run(&["--kernel", "newest", "--memory", "1536", "--cpus", "4"], "ublk_shared.sh", &[]);
 }
+
+/// Two hundred devices come and go by SIGHUP; threads, descriptors and memory are given back.
+#[test]
+fn two_hundred_devices_come_and_go() {
+    let rounds = rounds(3);
+    guest::run(&["--kernel", "newest", "--memory", "2048"], "ublk_many.sh", &[&rounds]);
+}
+
+fn rounds(most: usize) -> String {
+    let rounds = std::env::var("COWGATE_ROUNDS").map_or(most, |s| s.parse().expect("COWGATE_ROUNDS is a number"));
+    rounds.to_string()
+}
