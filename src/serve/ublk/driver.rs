@@ -38,9 +38,14 @@ pub enum NoDriver {
     TooOld,
 }
 
+/// Whether the driver is loaded.
+pub(super) fn is_there() -> bool {
+    Path::new(CONTROL).exists()
+}
+
 /// What the driver can do, a set of `UBLK_F_`.
 pub(super) fn features() -> Result<u64, NoDriver> {
-    if !Path::new(CONTROL).exists() {
+    if !is_there() {
         return Err(NoDriver::Absent);
     }
     if let Err(e) = OpenOptions::new().read(true).write(true).open(CONTROL) {

@@ -3,6 +3,7 @@
 //! - [`driver`]: what the kernel's ublk driver has, and who uses a device
 //! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers; `record`:
 //!   what outlives the daemon
+//! - `reclaim`: what keeps short memory from making the devices wait for themselves; `stack`: what lies on which device
 //!
 //! [`Devices::follow`] is called after each reload and returns at once: each device has a thread that makes it, serves
 //! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
@@ -13,6 +14,8 @@ pub mod driver;
 mod params;
 mod queue;
 mod record;
+mod reclaim;
+mod stack;
 
 use crate::export::device_keys::DeviceKeys;
 use crate::export::registry::{Entry, Registry};
@@ -47,6 +50,8 @@ struct Shared {
 struct Table {
     /// By export.
     devices: BTreeMap<String, Device>,
+    /// While there are devices.
+    resident: Option<reclaim::Resident>,
     /// The daemon ends: nothing new is made.
     stopping: bool,
     /// Devices of a daemon before this one that wait, until the first look at the configuration.
@@ -65,7 +70,10 @@ struct Device {
 
 impl Devices {
     /// None yet, for the configuration in this file. Clears away after daemons that have gone.
+    ///
+    /// To be called by the thread that starts all others, before it does: see `reclaim`.
     pub fn new(registry: Arc<Registry>, config: &Path) -> Devices {
+        reclaim::begin();
         let table = Mutex::new(Table { waiting: driver::sweep(), ..Table::default() });
         let config = config.canonicalize().unwrap_or_else(|_| config.to_owned());
         Devices { shared: Arc::new(Shared { registry, config, table, gone: Condvar::new() }) }
@@ -119,6 +127,20 @@ impl Device {
         }
     }
 
+    /// A device waits until nobody uses it, and a file system on it that holds its next image is always in use.
+    fn complain_of_a_loop(&self, new: &Entry) {
+        let config = new.export.config();
+        if let Some(id) = self.id.filter(|id| new.device.is_some() && stack::under(&config.path) == Some(*id)) {
+            error!(
+                "export {:?}: {} lies on the export's own block device {}, which goes when that is unmounted: a device \
+                 cannot hold its own image; choose another place for it",
+                config.name,
+                config.path.display(),
+                driver::node(id).display()
+            );
+        }
+    }
+
     fn is_of(&self, entry: &Entry) -> bool {
         Arc::ptr_eq(&self.export, &entry.export) && Some(&self.keys) == entry.device.as_ref()
     }
@@ -130,15 +152,17 @@ impl Shared {
     }
 
     fn follow(self: &Arc<Self>) {
-        let mut table = self.table();
+        let table = &mut *self.table();
         if table.stopping {
             return;
         }
         let named = |entry: Entry| (entry.export.config().name.clone(), entry);
         let wanted: BTreeMap<String, Entry> = self.registry.devices().into_iter().map(named).collect();
         for (name, device) in &mut table.devices {
-            if !wanted.get(name).is_some_and(|entry| device.is_of(entry)) {
+            let new = wanted.get(name);
+            if !new.is_some_and(|entry| device.is_of(entry)) {
                 device.leave(false);
+                new.iter().for_each(|entry| device.complain_of_a_loop(entry));
             }
         }
         let waiting = std::mem::take(&mut table.waiting);
@@ -146,10 +170,12 @@ impl Shared {
         for (name, entry) in wanted {
             let Some(keys) = entry.device else { continue };
             let former = former.remove(&name);
-            if let Place::Vacant(place) = table.devices.entry(name)
-                && let Some(device) = self.start(entry.export, keys, former)
-            {
-                place.insert(device);
+            if let Place::Vacant(place) = table.devices.entry(name) {
+                // before its threads, which inherit of it
+                table.resident.get_or_insert_with(reclaim::Resident::new);
+                if let Some(device) = self.start(entry.export, keys, former) {
+                    place.insert(device);
+                }
             }
         }
     }
@@ -219,7 +245,14 @@ impl Shared {
 
     /// A device has gone.
     fn ended(self: &Arc<Self>, name: &str, well: bool) {
-        let told = self.table().devices.remove(name).is_some_and(|device| device.leaving);
+        let told = {
+            let mut table = self.table();
+            let told = table.devices.remove(name).is_some_and(|device| device.leaving);
+            if table.devices.is_empty() {
+                table.resident = None;
+            }
+            told
+        };
         self.gone.notify_all();
         // another definition may wait for its place; one that failed is tried again with the next reload
         if told {
