@@ -25,6 +25,63 @@ fn two_hundred_devices_come_and_go() {
     guest::run(&["--kernel", "newest", "--memory", "2048"], "ublk_many.sh", &[&rounds]);
 }
 
+/// Devices whose daemon needs memory while there is none to be had but by writing to them.
+#[test]
+fn a_device_does_not_wait_for_itself_when_memory_is_short() {
+    let disk = Disk::new(2 << 30);
+    guest::run(&["--kernel", "newest", "--memory", "512", "--disk", disk.path()], "ublk_memory.sh", &[]);
+}
+
+#[test]
+fn a_device_does_not_wait_for_itself_on_an_older_kernel() {
+    let disk = Disk::new(2 << 30);
+    guest::run(&["--kernel", "6.12", "--memory", "512", "--disk", disk.path()], "ublk_memory.sh", &[]);
+}
+
+/// The power of a machine with a file system on a device is cut, again and again: what was fsynced is there, and the file
+/// system and the chain below it are sound.
+#[test]
+fn what_was_fsynced_survives_power_cuts() {
+    power_cuts("6.12", "ext4");
+}
+
+#[test]
+fn what_was_fsynced_survives_power_cuts_of_the_newest_kernel() {
+    power_cuts("newest", "xfs");
+}
+
+fn power_cuts(kernel: &str, kind: &str) {
+    let disk = Disk::new(2 << 30);
+    let share = tempfile::tempdir().expect("a directory");
+    let share = share.path().to_str().expect("UTF-8");
+    let last: u32 = rounds(2).parse().expect("a number");
+    for round in 0..=last {
+        let mut machine = vec!["--kernel", kernel, "--disk", disk.path(), "--share", share];
+        if round < last {
+            machine.push("--power-cut");
+        }
+        let said = guest::said(&machine, "ublk_power.sh", &[kind, &round.to_string(), &last.to_string(), share]);
+        let end = if round < last { format!("round {round}: cut with") } else { "all is well".to_owned() };
+        assert!(said.contains(&end), "round {round} of {last}: {said}");
+        println!("{said}");
+    }
+}
+
+/// A guest's disk.
+struct Disk(tempfile::NamedTempFile);
+
+impl Disk {
+    fn new(size: u64) -> Disk {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.as_file().set_len(size).expect("a size");
+        Disk(file)
+    }
+
+    fn path(&self) -> &str {
+        self.0.path().to_str().expect("UTF-8")
+    }
+}
+
 fn rounds(most: usize) -> String {
     let rounds = std::env::var("COWGATE_ROUNDS").map_or(most, |s| s.parse().expect("COWGATE_ROUNDS is a number"));
     rounds.to_string()
