@@ -13,8 +13,8 @@ mod device;
 pub mod driver;
 mod params;
 mod queue;
-mod record;
 mod reclaim;
+mod record;
 mod stack;
 
 use crate::export::device_keys::DeviceKeys;
