@@ -5,6 +5,7 @@ use super::config::Format;
 use super::hooks::{self, TemplateError};
 use super::problem::Severity;
 use super::reader::{At, Reader};
+use crate::units::ByteRange;
 use std::path::{Path, PathBuf};
 
 /// What each client of an export gets.
@@ -24,6 +25,15 @@ pub struct ClientKeys {
     pub copy_on_write: Option<CopyOnWrite>,
     /// A write is answered when it is durable.
     pub sync: bool,
+    /// What a disk holds is not trusted. No key: `cowgate restore` sets it.
+    pub untrusted: Option<Untrusted>,
+}
+
+/// A disk that somebody else has written, for one device: the kernel is to look for no partitions on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Untrusted {
+    /// The export is this part of the storage alone; `None`: all of it.
+    pub window: Option<ByteRange>,
 }
 
 /// Where what a client writes is kept meanwhile.

@@ -78,7 +78,7 @@ fn group(config: &ExportConfig) -> Result<String, String> {
         description,
         max_connections,
         image: ImageKeys { compress, detect_zeroes, cache_bytes, snapshot, lock_timeout },
-        client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync },
+        client: ClientKeys { auth_file, prerun, postrun, file_size, multi_file, copy_on_write, sync, untrusted: _ },
         limits: LimitKeys { bandwidth, iops, idle_timeout },
         tls: ExportTls { mode, allow },
         device,
@@ -322,6 +322,7 @@ mod tests {
                 multi_file: false,
                 copy_on_write: None,
                 sync: true,
+                untrusted: None,
             },
             limits: LimitKeys {
                 bandwidth: Some(1 << 20),
@@ -434,6 +435,7 @@ mod tests {
                 multi_file,
                 copy_on_write,
                 sync,
+                untrusted: None,
             },
         )
     }

@@ -8,6 +8,7 @@ use crate::block::{Errno, Geometry, NamedContext};
 use crate::image::create::create_raw;
 use crate::image::device::{exported_size, parts_of, total};
 use crate::image::{self, Device, Disk, Format, Image, contexts, scratch};
+use crate::units::ByteRange;
 use futures_util::future::join_all;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -60,6 +61,10 @@ impl Storage {
             }
         }
         let device = Device::new(&config.path, std::mem::take(&mut storage.disks), config.client.file_size);
+        let device = device.and_then(|device| match window(config) {
+            Some(window) => device.window(&config.path, window),
+            None => Ok(device),
+        });
         match device {
             Ok(device) => {
                 for writer in &storage.writers {
@@ -91,6 +96,7 @@ impl Storage {
             }
         }
         let size = exported_size(&config.path, total(sizes), keys.file_size)?;
+        let size = window(config).map_or(size, |window| window.len());
         let writable = !config.read_only && (!corrupt || keys.copy_on_write.is_some());
         Ok(Disk::geometry_for(size, writable))
     }
@@ -230,6 +236,11 @@ impl Writer {
         }
         image.end_writing();
     }
+}
+
+/// The part of the storage that is exported, if it is not all.
+fn window(config: &ExportConfig) -> Option<ByteRange> {
+    config.client.untrusted.as_ref()?.window
 }
 
 /// Whether a file that does not exist is made.

@@ -24,6 +24,8 @@ const PARTS_IN_FLIGHT: usize = 16;
 pub struct Device {
     /// Never empty; in order.
     parts: Vec<Part>,
+    /// Where on them it begins.
+    start: u64,
     size: u64,
 }
 
@@ -96,7 +98,16 @@ impl Device {
             let end = start.saturating_add(disk.image().size());
             parts.push(Part { start, end, disk });
         }
-        Ok(Device { parts, size })
+        Ok(Device { parts, start: 0, size })
+    }
+
+    /// A part of it alone. `path`: the export's, for messages.
+    pub fn window(self, path: &Path, window: ByteRange) -> Result<Device, Error> {
+        if window.end().0 > self.size {
+            let why = format!("has {} bytes, and a part of it ends at byte {}", self.size, window.end().0);
+            return Err(Error::Refused { path: path.to_owned(), why });
+        }
+        Ok(Device { start: self.start + window.start().0, size: window.len(), ..self })
     }
 
     /// The disks, in order.
@@ -119,7 +130,7 @@ impl Device {
 
     /// The parts that a range touches, each with the range in it.
     fn cut(&self, range: ByteRange) -> impl Iterator<Item = (&Rc<Disk>, ByteRange)> {
-        let (start, end) = (range.start().0, range.end().0);
+        let (start, end) = (self.start + range.start().0, self.start + range.end().0);
         let first = self.parts.partition_point(|part| part.end <= start);
         let touched = self.parts[first..].iter().take_while(move |part| part.start < end);
         touched.filter(|part| part.start < part.end).map(move |part| {
@@ -129,6 +140,7 @@ impl Device {
 
     /// The disk that holds all of a range, and where in it.
     fn whole(&self, at: u64, len: u64) -> Option<(&Rc<Disk>, u64)> {
+        let at = self.start + at;
         let first = self.parts.partition_point(|part| part.end <= at);
         // a request of no bytes may stand at the very end
         let part = self.parts.get(first).or(self.parts.last())?;
@@ -205,7 +217,8 @@ impl BlockDev for Device {
 
     async fn status(&self, context: &Context, r: ByteRange, most: usize) -> Result<Vec<Run>, Errno> {
         if let [part] = &self.parts[..] {
-            return part.disk.status(context, r, most).await;
+            let start = self.start + r.start().0;
+            return part.disk.status(context, ByteRange::between(start, start + r.len()), most).await;
         }
         if matches!(context, Context::Bitmap(_) | Context::SinceParent) {
             return Err(Errno::EINVAL);
@@ -247,6 +260,29 @@ mod tests {
             disks.push(Disk::open(Arc::new(image), true)?);
         }
         Device::new(Path::new("/joined"), disks, limit)
+    }
+
+    #[test]
+    fn a_window_is_a_part_of_the_disk() {
+        crate::ring::run(async {
+            let all = device(&[5000, 3000], None).await.unwrap();
+            let disks = all.disks().cloned().collect();
+            let path = Path::new("/joined");
+            let window = ByteRange::between(4500, 7500);
+            let part = Device::new(path, disks, None).unwrap().window(path, window).unwrap();
+            assert_eq!(part.geometry().size, 3000);
+            let (result, _) = part.write(GuestOffset(400), PageBuf::copy_of(&[7; 200])).await;
+            result.unwrap();
+            part.discard(ByteRange::between(0, 0)).await.unwrap();
+            let (result, seen) = part.read(GuestOffset(0), PageBuf::new(3000)).await;
+            result.unwrap();
+            let (result, whole) = all.read(GuestOffset(0), PageBuf::new(8000)).await;
+            result.unwrap();
+            assert!(whole[4500..7500] == seen[..] && whole.iter().filter(|&&b| b == 7).count() == 200);
+            assert_eq!((whole[4900], whole[5099]), (7, 7));
+            assert!(part.window(path, ByteRange::between(2999, 3001)).is_err(), "a part of the part");
+        })
+        .unwrap();
     }
 
     proptest! {

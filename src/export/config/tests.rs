@@ -104,6 +104,7 @@ fn what_each_client_gets() {
         multi_file: true,
         copy_on_write: Some(CopyOnWrite { directory: Some("/tmp".into()) }),
         sync: true,
+        untrusted: None,
     };
     assert_eq!(a.client, expected);
     assert!(b.client.copy_on_write.is_some() && !b.read_only, "the snapshot is not written, the layer over it is");
