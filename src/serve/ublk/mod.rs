@@ -4,6 +4,7 @@
 //! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers; `record`:
 //!   what outlives the daemon
 //! - `reclaim`: what keeps short memory from making the devices wait for themselves; `stack`: what lies on which device
+//! - [`single`]: one device that belongs to no configuration
 //!
 //! [`Devices::follow`] is called after each reload and returns at once: each device has a thread that makes it, serves
 //! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
@@ -15,6 +16,7 @@ mod params;
 mod queue;
 mod reclaim;
 mod record;
+pub mod single;
 mod stack;
 
 use crate::export::device_keys::DeviceKeys;

@@ -7,6 +7,7 @@
 //! Promises: every request of the driver gets one answer; a panic while it is carried out is an I/O error of that request.
 
 use super::params::{Asked, Kind};
+use super::single;
 use crate::block::{BlockDev, Errno, Geometry, Op, Request};
 use crate::export::limiter::Cost;
 use crate::export::service::Client;
@@ -40,6 +41,9 @@ const IORING_ENTER_GETEVENTS: u32 = 1;
 /// Runs on the queue's thread, inside `ring::run`. Errors: the queue cannot be made, or its ring fails.
 pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl FnOnce()) -> Result<(), UblkError> {
     make_ring(device)?;
+    if client.export().config().client.untrusted.is_some() {
+        single::without_partitions().map_err(io::Error::other)?;
+    }
     let queue = UblkQueue::new(id, device)?;
     let pump = Pump::new(&queue)?;
     made();
