@@ -38,8 +38,12 @@ pub mod export;
 // floor 5: frontends
 pub mod serve;
 
-// floor 6: start, stop, signals
+// floor 6: what is made of the frontends
+#[cfg(feature = "ublk")]
+pub mod restore;
+
+// floor 7: start, stop, signals
 pub mod daemon;
 
-// floor 7: the command line
+// floor 8: the command line
 pub mod cli;

@@ -15,6 +15,7 @@ const FLOORS: &[&[&str]] = &[
     &["image"],
     &["export"],
     &["serve"],
+    &["restore"],
     &["daemon"],
     &["cli"],
 ];

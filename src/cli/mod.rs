@@ -11,6 +11,8 @@ mod image;
 mod name;
 mod progress;
 mod reload;
+#[cfg(feature = "ublk")]
+mod restore;
 mod serve;
 mod size;
 mod status;
@@ -43,6 +45,10 @@ enum Command {
     Export(export::Command),
     /// Have the running daemon read its configuration again
     Reload(reload::Args),
+    /// Mount backups read-only, list and unmount them, and look at what is on a disk
+    #[cfg(feature = "ublk")]
+    #[command(subcommand)]
+    Restore(restore::Command),
     /// Show what the running daemon and its clients are doing
     Status(status::Args),
     /// Serve the exports of a configuration file until SIGTERM
@@ -66,6 +72,8 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => completions::run(&args),
         Command::Export(command) => export::run(&command),
         Command::Reload(args) => reload::run(&args),
+        #[cfg(feature = "ublk")]
+        Command::Restore(command) => restore::run(&command),
         Command::Status(args) => status::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Image(command) => image::run(&command),

@@ -3,6 +3,18 @@
 #[cfg(feature = "ublk")]
 pub use crate::serve::ublk::Devices;
 
+/// Ends restores that nobody else ends any more.
+#[cfg(feature = "ublk")]
+pub(super) fn sweep() {
+    if nix::unistd::geteuid().is_root() {
+        crate::restore::end::sweep();
+    }
+}
+
+/// There can be none.
+#[cfg(not(feature = "ublk"))]
+pub(super) fn sweep() {}
+
 #[cfg(not(feature = "ublk"))]
 mod without {
     use crate::export::registry::Registry;

@@ -143,6 +143,7 @@ async fn control(options: &Options, to_stop: &mut Option<Workers>) -> Result<(),
     let mut signals =
         Signals::new(options.log.clone()).map_err(|source| Error::Start { what: "signal handling", source })?;
     raise_descriptor_limit();
+    devices::sweep();
     let (reload, server, first) = Reload::start(&options.config).map_err(Error::Configuration)?;
     let mut opened = Opened::new(&server, options)?;
     opened.drop_privileges(&server, options)?;

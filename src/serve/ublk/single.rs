@@ -1,6 +1,6 @@
 //! One device that belongs to no configuration: whoever makes it says when it goes. Called by `restore`.
 
-use super::device::{self, Event};
+use super::device::{self, Event, Lasting};
 use super::driver;
 use super::params::SECTOR;
 use crate::export::device_keys::DeviceKeys;
@@ -38,7 +38,8 @@ impl Single {
                 was_there.set(true);
                 let _ = tell.send(Ok(id)); // it is waited for
             };
-            let result = device::run(&export, &keys, &orders, &heard, started).map_err(|e| e.to_string());
+            let result =
+                device::run(&export, &keys, &Lasting::No, None, &orders, &heard, started).map_err(|e| e.to_string());
             // the image is unlocked before anybody hears of the end
             drop(export);
             match (was_there.get(), result) {
