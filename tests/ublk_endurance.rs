@@ -10,32 +10,29 @@ use common::guest;
 /// A device with four queues and two NBD clients write one image at the same time.
 #[test]
 fn nbd_clients_write_beside_a_device() {
-    guest::run(&["--kernel", "6.12", "--memory", "1536", "--cpus", "4"], "ublk_shared.sh", &[]);
+    nbd_clients_write("newest");
 }
 
-#[test]
-fn nbd_clients_write_beside_a_device_of_the_newest_kernel() {
-    guest::run(&["--kernel", "newest", "--memory", "1536", "--cpus", "4"], "ublk_shared.sh", &[]);
+fn nbd_clients_write(kernel: &str) {
+    guest::run(&["--kernel", kernel, "--memory", "1536", "--cpus", "4"], "ublk_shared.sh", &[]);
 }
 
 /// Two hundred devices come and go by SIGHUP; threads, descriptors and memory are given back.
 #[test]
 fn two_hundred_devices_come_and_go() {
-    let rounds = rounds(3);
+    let rounds = rounds(1);
     guest::run(&["--kernel", "newest", "--memory", "2048"], "ublk_many.sh", &[&rounds]);
 }
 
 /// Devices whose daemon needs memory while there is none to be had but by writing to them.
 #[test]
 fn a_device_does_not_wait_for_itself_when_memory_is_short() {
-    let disk = Disk::new(2 << 30);
-    guest::run(&["--kernel", "newest", "--memory", "512", "--disk", disk.path()], "ublk_memory.sh", &[]);
+    memory_is_short("newest");
 }
 
-#[test]
-fn a_device_does_not_wait_for_itself_on_an_older_kernel() {
+fn memory_is_short(kernel: &str) {
     let disk = Disk::new(2 << 30);
-    guest::run(&["--kernel", "6.12", "--memory", "512", "--disk", disk.path()], "ublk_memory.sh", &[]);
+    guest::run(&["--kernel", kernel, "--memory", "512", "--disk", disk.path()], "ublk_memory.sh", &[]);
 }
 
 /// The power of a machine with a file system on a device is cut, again and again: what was fsynced is there, and the file
@@ -45,16 +42,28 @@ fn what_was_fsynced_survives_power_cuts() {
     power_cuts("6.12", "ext4");
 }
 
-#[test]
-fn what_was_fsynced_survives_power_cuts_of_the_newest_kernel() {
-    power_cuts("newest", "xfs");
+mod at_length {
+    #[test]
+    fn nbd_clients_write_beside_a_device() {
+        super::nbd_clients_write("6.12");
+    }
+
+    #[test]
+    fn a_device_does_not_wait_for_itself_when_memory_is_short() {
+        super::memory_is_short("6.12");
+    }
+
+    #[test]
+    fn what_was_fsynced_survives_power_cuts() {
+        super::power_cuts("newest", "xfs");
+    }
 }
 
 fn power_cuts(kernel: &str, kind: &str) {
     let disk = Disk::new(2 << 30);
     let share = tempfile::tempdir().expect("a directory");
     let share = share.path().to_str().expect("UTF-8");
-    let last: u32 = rounds(2).parse().expect("a number");
+    let last: u32 = rounds(1).parse().expect("a number");
     for round in 0..=last {
         let mut machine = vec!["--kernel", kernel, "--disk", disk.path(), "--share", share];
         if round < last {
