@@ -120,19 +120,21 @@ pub struct Driver {
     pub writable_options: &'static str,
 }
 
-/// The driver of a file system as blkid names it. The list is short on purpose: what is mounted here is hostile as long
-/// as nobody knows better, and these drivers are looked after.
-pub fn driver(kind: &str) -> Option<Driver> {
-    let plain = |name| Driver { name, options: "", writable_options: "" };
+/// The drivers of a file system as blkid names it, to be tried one after the other. The list is short on purpose: what is
+/// mounted here is hostile as long as nobody knows better, and these drivers are looked after.
+pub fn drivers(kind: &str) -> &'static [Driver] {
+    const fn plain(name: &'static str) -> Driver {
+        Driver { name, options: "", writable_options: "" }
+    }
     match kind {
-        "ext2" | "ext3" | "ext4" => Some(plain("ext4")),
+        "ext2" | "ext3" | "ext4" => const { &[plain("ext4")] },
         // the original may be mounted on this machine
-        "xfs" => Some(Driver { options: "nouuid", ..plain("xfs") }),
-        "btrfs" => Some(plain("btrfs")),
-        // a disk of a machine that was running is dirty
-        "ntfs" => Some(Driver { writable_options: "force", ..plain("ntfs3") }),
-        "vfat" => Some(plain("vfat")),
-        _ => None,
+        "xfs" => const { &[Driver { options: "nouuid", ..plain("xfs") }] },
+        "btrfs" => const { &[plain("btrfs")] },
+        // a disk of a machine that was running is dirty; a kernel has one of the two drivers, the second since 7.1
+        "ntfs" => const { &[Driver { writable_options: "force", ..plain("ntfs3") }, plain("ntfs")] },
+        "vfat" => const { &[plain("vfat")] },
+        _ => &[],
     }
 }
 
@@ -224,7 +226,7 @@ impl Content {
     fn new(partition: Option<u32>, place: ByteRange, name: Option<String>, signature: Signature) -> Content {
         let Signature { kind: type_name, label, uuid, table } = signature;
         let (kind, note) = judge(type_name.as_deref(), table.as_deref());
-        let mountable = type_name.as_deref().and_then(driver).is_some();
+        let mountable = type_name.as_deref().is_some_and(|name| !drivers(name).is_empty());
         Content {
             partition,
             start_bytes: place.start().0,
@@ -286,7 +288,7 @@ fn judge(kind: Option<&str>, table: Option<&str>) -> (Kind, Option<String>) {
         Some("zfs_member") => said(Kind::Raid, "a part of a ZFS pool, which ZFS's own tools import"),
         Some(name) if name.ends_with("_raid_member") => said(Kind::Raid, "a member of a RAID"),
         Some("swap") => said(Kind::Swap, "swap space, which holds no files"),
-        Some(name) if driver(name).is_some() => (Kind::FileSystem, None),
+        Some(name) if !drivers(name).is_empty() => (Kind::FileSystem, None),
         Some(_) => said(Kind::Unknown, "not one of ext2, ext3, ext4, xfs, btrfs, ntfs and vfat"),
         None if table.is_some() => said(Kind::Partitions, "a container of further partitions"),
         None => (Kind::Unknown, None),

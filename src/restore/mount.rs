@@ -1,7 +1,7 @@
 //! A restore's beginning: a process that is the block device, a look at what is on it, the mount.
 
 use super::backend::{Backend, Shown};
-use super::layout::{Content, Driver, Kind, Layout, driver};
+use super::layout::{Content, Driver, Kind, Layout, drivers};
 use super::source::Source;
 use super::state::{self, Entry, Phase, Process};
 use super::{mounts, probe, serve};
@@ -56,8 +56,8 @@ pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
     let layout = probe::disk(&whole.node, whole.size_bytes)?;
     let content = layout.choose(wanted.partition)?;
     let type_name = content.type_name.clone().unwrap_or_default();
-    let driver = driver(&type_name).ok_or("what can be mounted has a driver")?;
-    let mut attempt = Attempt { backend: &mut backend, source: &wanted.source, content, whole: Some(whole), driver };
+    let drivers = drivers(&type_name);
+    let mut attempt = Attempt { backend: &mut backend, source: &wanted.source, content, whole: Some(whole), drivers };
     let at = entry.mount_point.clone();
     entry.layer = wanted.writable_scratch;
     let device = match attempt.mount(&at, wanted.writable_scratch, wanted.writable_scratch)? {
@@ -65,9 +65,9 @@ pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
         // it is to be recovered first, and nobody may write what is below
         Err(Errno::EROFS) if !wanted.writable_scratch => {
             entry.layer = true;
-            attempt.mount(&at, true, false)?.map_err(|e| refused(content, driver, e))?
+            attempt.mount(&at, true, false)?.map_err(|e| refused(content, e))?
         }
-        Err(e) => return Err(refused(content, driver, e)),
+        Err(e) => return Err(refused(content, e)),
     };
     entry.partition = content.partition;
     entry.file_system = Some(type_name);
@@ -87,7 +87,7 @@ struct Attempt<'a> {
     content: &'a Content,
     /// The device of the whole disk, as long as it is there.
     whole: Option<Shown>,
-    driver: Driver,
+    drivers: &'static [Driver],
 }
 
 impl Attempt<'_> {
@@ -101,14 +101,17 @@ impl Attempt<'_> {
                 self.backend.show(self.source, window, layer)?
             }
         };
-        Ok(mounts::attach(&device.node, at, self.driver, writable).map(|()| device.node))
+        Ok(mounts::attach(&device.node, at, self.drivers, writable).map(|()| device.node))
     }
 }
 
-fn refused(content: &Content, driver: Driver, e: Errno) -> String {
-    let (what, name) = (content.what(), driver.name);
+fn refused(content: &Content, e: Errno) -> String {
+    let (what, name) = (content.what(), content.type_name.as_deref().unwrap_or_default());
     match e {
-        Errno::ENODEV => format!("this kernel has no driver {name}, which {what} needs: see modprobe {name}"),
+        Errno::ENODEV => {
+            let drivers: Vec<&str> = drivers(name).iter().map(|driver| driver.name).collect();
+            format!("this kernel has no driver for {name}, which {what} needs: see modprobe {}", drivers.join(" or "))
+        }
         Errno::EEXIST | Errno::EBUSY => {
             format!("the kernel does not mount {what} ({name}): {e}; is the original of this file system mounted here?")
         }

@@ -56,16 +56,21 @@ fn unescaped(word: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(out))
 }
 
-/// Mounts a device. Nothing on it is run, is a device, or gives rights.
-pub fn attach(device: &Path, at: &Path, driver: Driver, writable: bool) -> Result<(), Errno> {
+/// Mounts a device with the first of these drivers that the kernel has. Nothing on it is run, is a device, or gives rights.
+pub fn attach(device: &Path, at: &Path, drivers: &[Driver], writable: bool) -> Result<(), Errno> {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let flags = if writable { safe } else { safe | MsFlags::MS_RDONLY };
-    let options = match (driver.options, writable, driver.writable_options) {
-        (options, true, "") | (options, false, _) => options.to_owned(),
-        ("", true, more) => more.to_owned(),
-        (options, true, more) => format!("{options},{more}"),
-    };
-    mount(Some(device), at, Some(driver.name), flags, Some(options.as_str()).filter(|options| !options.is_empty()))
+    for driver in drivers {
+        let more = if writable { driver.writable_options } else { "" };
+        let options =
+            [driver.options, more].into_iter().filter(|option| !option.is_empty()).collect::<Vec<_>>().join(",");
+        let options = Some(options.as_str()).filter(|options| !options.is_empty());
+        match mount(Some(device), at, Some(driver.name), flags, options) {
+            Err(Errno::ENODEV) => {}
+            answer => return answer,
+        }
+    }
+    Err(Errno::ENODEV)
 }
 
 /// Unmounts what is mounted at a directory. `lazily`: also when it is in use; who uses it keeps it.

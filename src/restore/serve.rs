@@ -221,12 +221,14 @@ impl Server<'_> {
 
     /// Unmounts what is mounted, deletes the device, removes the state.
     fn end(&mut self) {
+        // one that has failed is still mounted
+        let kept = self.kept.as_ref().and_then(|entry| entry.device.clone());
+        let node = kept.or_else(|| self.device.as_ref().map(Single::node));
+        if let Some(node) = node.filter(|node| unmount(node)) {
+            let why = "it was in use: who has files of it open gets errors from now on";
+            self.warn_everybody(&format!("{}: {why}", node.display()));
+        }
         if let Some(device) = self.device.take() {
-            let in_use = unmount(&device.node());
-            if in_use {
-                let why = "it was in use: who has files of it open gets errors from now on";
-                self.warn_everybody(&format!("{}: {why}", device.node().display()));
-            }
             device.leave(true);
             if !self.wait_for_end(PATIENCE) {
                 // the driver waits for those who have it open; what it has to do it does when they let it go

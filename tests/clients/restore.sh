@@ -38,7 +38,7 @@ files() { # into a directory
 }
 holds_files() {
     equal "hello" "$(cat "$1/hello")" hello
-    cmp "$0" "$1/deep/restore.sh" || fail "a file has changed"
+    cmp "$(dirname "$0")/guest.sh" "$1/deep/guest.sh" || fail "a file has changed"
 }
 mode_of() { awk -v at="$1" '$5 == at { print $6 }' /proc/self/mountinfo; }
 is_safe() { # mount point, ro or rw
@@ -79,11 +79,17 @@ truncate -s 150M "$dir/table.raw"
 sfdisk -q "$dir/table.raw" <<<$'label: gpt\nsize=100M, name="the first"\nname=second\n'
 loop=$(losetup --find --show --offset $((1 << 20)) --sizelimit $((100 << 20)) "$dir/table.raw")
 mkfs.ext4 -q -L first "$loop"
-mount "$loop" /mnt && files /mnt && umount /mnt
+mount "$loop" /mnt
+files /mnt
+umount /mnt
 losetup -d "$loop"
 loop=$(losetup --find --show --offset $((101 << 20)) --sizelimit $((48 << 20)) "$dir/table.raw")
 mkfs.ntfs -q -F -L windows "$loop" >/dev/null 2>&1
-mount -t ntfs3 "$loop" /mnt && files /mnt && umount /mnt
+ntfs=ntfs3
+modprobe -q ntfs3 || ntfs=ntfs
+mount -t "$ntfs" "$loop" /mnt
+files /mnt
+umount /mnt
 losetup -d "$loop"
 truncate -s 310M "$dir/xfs.raw"
 mkfs.xfs -q -L bigger "$dir/xfs.raw"
@@ -96,7 +102,9 @@ cp --sparse=always "$dir/xfs.raw" "$dir/dirty-xfs.raw"
 umount /mnt
 truncate -s 130M "$dir/btrfs.raw"
 mkfs.btrfs -q "$dir/btrfs.raw"
-mount -o loop "$dir/btrfs.raw" /mnt && files /mnt && umount /mnt
+mount -o loop "$dir/btrfs.raw" /mnt
+files /mnt
+umount /mnt
 rm -f "$dir/copy"
 sums >"$dir/sums"
 
@@ -217,7 +225,7 @@ dead=$(process "$id")
 kill -9 "$dead"
 until_true "its end" bash -c "! test -e $device"
 "$cowgate" restore list | grep -q "^$id *dead" || fail "the list: $("$cowgate" restore list)"
-if md5sum "$at"/deep/* >/dev/null 2>&1 && dd if="$at/deep/restore.sh" of=/dev/null iflag=direct status=none 2>/dev/null; then fail "a dead device is read"; fi
+if md5sum "$at"/deep/* >/dev/null 2>&1 && dd if="$at/deep/guest.sh" of=/dev/null iflag=direct status=none 2>/dev/null; then fail "a dead device is read"; fi
 ends "$id"
 nothing_is_left
 # the same, found by the next command after its time
