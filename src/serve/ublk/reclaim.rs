@@ -10,6 +10,9 @@
 //! - While there are devices, what this process has touched stays in memory (mlockall): its pages are neither swapped out
 //!   to a device of ours nor read back through one. Only what was touched: hundreds of threads have stacks of 2 MiB each.
 //!
+//! What the kernel's own threads do cannot be helped from here: swap on a device whose image is a file still hangs (kernel
+//! notes).
+//!
 //! Neither is a condition: without the rights for it, the devices are served, with a warning that says what to do.
 
 use super::driver;
