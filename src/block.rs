@@ -247,6 +247,50 @@ impl Request {
     }
 }
 
+/// Which way the bytes of a read or write go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the device.
+    Read,
+    /// To the device.
+    Write,
+}
+
+/// A validated read or write without a buffer: its bytes are to be moved without passing through our memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    direction: Direction,
+    range: ByteRange,
+    fua: bool,
+}
+
+impl Transfer {
+    /// Validates it as [`Request::new`] does.
+    pub fn new(direction: Direction, start: u64, len: u64, fua: bool, geometry: &Geometry) -> Result<Self, Errno> {
+        let op = match direction {
+            Direction::Read => Op::Read(PageBuf::new(0)),
+            Direction::Write => Op::Write(PageBuf::new(0)),
+        };
+        let range = Request::check(&op, start, len, geometry)?;
+        Ok(Transfer { direction, range, fua: fua && direction == Direction::Write })
+    }
+
+    /// Which way.
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// The guest range.
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// Whether the completion must wait until the written data is durable.
+    pub fn fua(&self) -> bool {
+        self.fua
+    }
+}
+
 /// The one answer to a request.
 #[derive(Debug)]
 pub struct Completion {
@@ -307,6 +351,18 @@ mod tests {
         );
         assert_eq!(try_op(Op::Status { context: Context::Allocation, most: 1 }, 1, 512).unwrap_err(), Errno::EINVAL);
         assert!(try_op(Op::Flush, 77, 3).is_ok());
+    }
+
+    #[test]
+    fn a_transfer_is_validated_as_a_request_is() {
+        let try_op = |direction, start, len| Transfer::new(direction, start, len, true, &geometry(false));
+        let write = try_op(Direction::Write, 512, 1024).unwrap();
+        assert_eq!((write.range(), write.fua()), (ByteRange::between(512, 1536), true));
+        assert!(!try_op(Direction::Read, 0, 4096).unwrap().fua());
+        assert_eq!(try_op(Direction::Write, 512, 4096), Err(Errno::ENOSPC));
+        assert_eq!(try_op(Direction::Read, 512, 4096), Err(Errno::EINVAL));
+        assert_eq!(try_op(Direction::Read, 1, 512), Err(Errno::EINVAL));
+        assert_eq!(Transfer::new(Direction::Write, 0, 512, false, &geometry(true)), Err(Errno::EPERM));
     }
 
     #[test]

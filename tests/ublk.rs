@@ -11,12 +11,12 @@ fn in_guest(kernel: &str, script: &str, arguments: &[&str]) {
 
 #[test]
 fn exports_are_block_devices() {
-    in_guest("6.12", "ublk.sh", &[]);
+    in_guest("6.12", "ublk.sh", &["user copy"]);
 }
 
 #[test]
 fn exports_are_block_devices_of_the_newest_kernel() {
-    in_guest("newest", "ublk.sh", &[]);
+    in_guest("newest", "ublk.sh", &["zero copy"]);
 }
 
 /// How often the daemon is killed; `COWGATE_ROUNDS=N` asks for more.

@@ -29,6 +29,14 @@ pub(super) enum Command {
     },
 }
 
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct Driver {
+    devices: Vec<Listed>,
+    /// Null: there is no driver that this program can use, or it may not be asked.
+    features: Option<Vec<&'static str>>,
+}
+
 pub(super) fn run(command: &Command) -> Result<ExitCode, String> {
     match command {
         Command::List { json } => list(*json),
@@ -37,22 +45,29 @@ pub(super) fn run(command: &Command) -> Result<ExitCode, String> {
 }
 
 fn list(json: bool) -> Result<ExitCode, String> {
-    let found = listed()?;
+    let (devices, features) = (listed()?, driver::feature_names());
     if json {
-        return print_json(&found).map(|()| ExitCode::SUCCESS);
+        let features = features.ok();
+        return print_json(&Driver { devices, features }).map(|()| ExitCode::SUCCESS);
     }
-    let mut table = Table::new(&["ID", "DEVICE", "SIZE", "IN USE", "DAEMON", "EXPORT"]);
-    for Listed { id, export, device, size_bytes, in_use, daemon } in found {
+    let mut table = Table::new(&["ID", "DEVICE", "SIZE", "IN USE", "DAEMON", "QUEUES", "DATA", "EXPORT"]);
+    for Listed { id, export, device, size_bytes, in_use, daemon, data, queues } in devices {
         table.row([
             id.to_string(),
             device.map_or("-".to_owned(), |device| device.display().to_string()),
             size_bytes.map_or("-".to_owned(), show),
             if in_use { "yes" } else { "no" }.to_owned(),
             daemon.map_or("waits".to_owned(), |pid| pid.to_string()),
+            queues.map_or("-".to_owned(), |queues| queues.to_string()),
+            data.map_or("-".to_owned(), |data| data.to_string()),
             export.unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    say(&table.to_string()).map(|()| ExitCode::SUCCESS)
+    let driver = match features {
+        Ok(names) => format!("driver: {}", names.join(" ")),
+        Err(e) => e.to_string(),
+    };
+    say(&format!("{table}{driver}\n")).map(|()| ExitCode::SUCCESS)
 }
 
 /// Deletes as many as it can; exit status 1 when one is left that was named, or is ours.

@@ -18,7 +18,7 @@ const QUEUES: RangeInclusive<i32> = 1..=4096;
 const DEPTHS: RangeInclusive<i32> = 1..=4096;
 
 /// A block device over an export.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceKeys {
     /// Its number, the N of `/dev/ublkbN` (`ublkid`); `None`: any that is free.
     pub id: Option<u32>,
@@ -26,6 +26,14 @@ pub struct DeviceKeys {
     pub queues: Option<u16>,
     /// Requests that each queue takes at a time (`ublkdepth`).
     pub depth: Option<u16>,
+    /// Data is not copied where the kernel and the image make that possible (`ublkzerocopy`).
+    pub zero_copy: bool,
+}
+
+impl Default for DeviceKeys {
+    fn default() -> DeviceKeys {
+        DeviceKeys { id: None, queues: None, depth: None, zero_copy: true }
+    }
 }
 
 /// The keys as they are read, before what they mean together is known.
@@ -51,6 +59,7 @@ impl<'a> Draft<'a> {
                 self.queues = Some(at);
             }
             "ublkdepth" => self.keys.depth = number(at, reader, DEPTHS).map(|n| n as u16),
+            "ublkzerocopy" => self.keys.zero_copy = reader.boolean(at).unwrap_or(true),
             _ => return false,
         }
         self.set.push(at);
@@ -104,8 +113,8 @@ mod tests {
     fn devices_are_asked_for() {
         assert_eq!((device(""), device("ublk = false")), (None, None));
         assert_eq!(device("ublk = true"), Some(DeviceKeys::default()));
-        let all = DeviceKeys { id: Some(0), queues: Some(2), depth: Some(128) };
-        assert_eq!(device("ublk = true\nublkid = 0\nublkqueues = 2\nublkdepth = 128"), Some(all));
+        let all = DeviceKeys { id: Some(0), queues: Some(2), depth: Some(128), zero_copy: false };
+        assert_eq!(device("ublk = true\nublkid = 0\nublkqueues = 2\nublkdepth = 128\nublkzerocopy = false"), Some(all));
         assert_eq!(device("ublk = true\ncopyonwrite = true").unwrap().queues, Some(1), "each queue is a client");
     }
 

@@ -39,6 +39,11 @@ pub struct ImageKeys {
 }
 
 impl ImageKeys {
+    /// Whether what becomes of a write depends on its bytes.
+    pub(super) fn look_into_writes(&self) -> bool {
+        self.compress.is_some() || self.detect_zeroes != DetectZeroes::Off
+    }
+
     /// Takes a key, if it is one of these.
     pub(super) fn read(&mut self, at: At<'_>, reader: &mut Reader<'_>) -> bool {
         match at.entry.key.as_str() {

@@ -157,11 +157,14 @@ fn group(config: &ExportConfig) -> Result<String, String> {
     if !allow.is_empty() {
         group.text("tlsallow", &allow.iter().map(Subject::text).collect::<Vec<_>>().join("; "));
     }
-    if let Some(DeviceKeys { id, queues, depth }) = device {
+    if let Some(DeviceKeys { id, queues, depth, zero_copy }) = device {
         group.flag("ublk", true);
         group.number("ublkid", *id);
         group.number("ublkqueues", *queues);
         group.number("ublkdepth", *depth);
+        if !zero_copy {
+            group.line("ublkzerocopy", "false");
+        }
     }
     Ok(group.text)
 }
@@ -333,7 +336,7 @@ mod tests {
                 mode: TlsMode::Required,
                 allow: vec![Subject::Name("backup 1".into()), Subject::Distinguished(r"CN=a\,b,O=c".into())],
             },
-            device: Some(DeviceKeys { id: Some(7), queues: Some(2), depth: None }),
+            device: Some(DeviceKeys { id: Some(7), queues: Some(2), depth: None, zero_copy: false }),
             ..export("disk 1", "/srv/50%.qcow2 ")
         };
         let lines = [
@@ -366,6 +369,7 @@ mod tests {
             "ublk = true",
             "ublkid = 7",
             "ublkqueues = 2",
+            "ublkzerocopy = false",
             "",
         ];
         assert_eq!(serialize(&config).expect("text"), lines.join("\n"));
@@ -464,7 +468,7 @@ mod tests {
             let limits = LimitKeys { bandwidth, iops: bandwidth.map(|n| n % 1000 + 1), idle_timeout: idle_ms.map(Duration::from_millis) };
             let device = device.map(|(id, n)| {
                 let queues = if client.copy_on_write.is_some() { 1 } else { n };
-                DeviceKeys { id, queues: Some(queues), depth: (n % 2 == 0).then_some(n) }
+                DeviceKeys { id, queues: Some(queues), depth: (n % 2 == 0).then_some(n), zero_copy: n % 3 == 0 }
             });
             ExportConfig {
                 device, limits, format, read_only, flush, fua, trim, rotational, description, max_connections, image, client,

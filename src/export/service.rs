@@ -11,8 +11,8 @@ use super::registry::Shared;
 use super::storage::Storage;
 use super::usage::{Connection, Guest, Totals};
 use super::{locked, write};
-use crate::block::{BlockDev, Completion, Errno, Geometry, NamedContext, Op, Request};
-use crate::image::{self, Device, FileId, Gate, Image};
+use crate::block::{BlockDev, Completion, Direction, Errno, Geometry, NamedContext, Op, Request, Transfer};
+use crate::image::{self, Device, Direct, FileId, Gate, Image};
 use crate::ring::Peer;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, Weak};
@@ -460,6 +460,28 @@ impl Export {
             done.result = disk.flush().await;
         }
         done
+    }
+
+    /// Carries out a read or write whose bytes `moved` moves between the client's memory and the files, all of them or
+    /// not (`false`). `None`: that cannot be or was not, and it is for [`Export::submit`].
+    pub async fn submit_direct(
+        &self,
+        device: &Device,
+        transfer: Transfer,
+        moved: impl AsyncFnOnce(&Direct<'_>) -> bool,
+    ) -> Option<Result<(), Errno>> {
+        let writes = transfer.direction() == Direction::Write;
+        if writes && self.config.image.look_into_writes() {
+            return None;
+        }
+        let direct = device.direct(transfer)?;
+        let all = moved(&direct).await;
+        direct.finish();
+        match all {
+            false => None,
+            true if writes && (transfer.fua() || self.config.client.sync) => Some(device.flush().await),
+            true => Some(Ok(())),
+        }
     }
 }
 

@@ -186,6 +186,8 @@ pub struct Counters {
     pub block_status: Count,
     /// Requests to read ahead.
     pub cache: Count,
+    /// Reads and writes of a block device whose data was not copied.
+    pub zero_copy: u64,
     /// Requests of all kinds that were answered with an error.
     pub errors: u64,
     /// When the last request came (RFC 3339); missing before the first one.
@@ -195,9 +197,10 @@ pub struct Counters {
 
 impl From<Totals> for Counters {
     fn from(totals: Totals) -> Counters {
-        let Totals { read, write, write_zeroes, trim, flush, block_status, cache, errors, last_io_ms } = totals;
+        let Totals { read, write, write_zeroes, trim, flush, block_status, cache, zero_copy, errors, last_io_ms } =
+            totals;
         let last_io = (last_io_ms > 0).then(|| rfc3339_ms(last_io_ms));
-        Counters { read, write, write_zeroes, trim, flush, block_status, cache, errors, last_io }
+        Counters { read, write, write_zeroes, trim, flush, block_status, cache, zero_copy, errors, last_io }
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Totals {
     pub block_status: Count,
     /// Requests to read ahead.
     pub cache: Count,
+    /// Reads and writes of a block device whose data was not copied.
+    pub zero_copy: u64,
     /// Requests of all kinds that were answered with an error.
     pub errors: u64,
     /// When the last request came, in milliseconds since 1970-01-01 UTC; 0: none came yet.
@@ -70,7 +72,8 @@ pub struct Totals {
 impl Totals {
     /// Adds what another counted.
     pub fn add(&mut self, other: &Totals) {
-        let Totals { read, write, write_zeroes, trim, flush, block_status, cache, errors, last_io_ms } = other;
+        let Totals { read, write, write_zeroes, trim, flush, block_status, cache, zero_copy, errors, last_io_ms } =
+            other;
         for (mine, theirs) in [
             (&mut self.read, read),
             (&mut self.write, write),
@@ -83,6 +86,7 @@ impl Totals {
             mine.requests += theirs.requests;
             mine.bytes += theirs.bytes;
         }
+        self.zero_copy += zero_copy;
         self.errors += errors;
         self.last_io_ms = self.last_io_ms.max(*last_io_ms);
     }
@@ -116,6 +120,7 @@ pub struct Connection {
     pub tls: Option<Arc<Encrypted>>,
     requests: [AtomicU64; KINDS],
     bytes: [AtomicU64; KINDS],
+    zero_copy: AtomicU64,
     errors: AtomicU64,
     begun: AtomicU64,
     last_io_ms: AtomicU64,
@@ -132,6 +137,7 @@ impl Connection {
             tls: None,
             requests: Default::default(),
             bytes: Default::default(),
+            zero_copy: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             last_io_ms: AtomicU64::new(0),
@@ -160,6 +166,12 @@ impl Connection {
         }
     }
 
+    /// A read or write, which [`Connection::end`] counts as well, moved its data without a copy. For the client's worker
+    /// only.
+    pub fn moved_directly(&self) {
+        add(&self.zero_copy, 1);
+    }
+
     /// What was counted so far.
     pub fn totals(&self) -> Totals {
         let count = |kind: Kind| Count {
@@ -174,6 +186,7 @@ impl Connection {
             flush: count(Kind::Flush),
             block_status: count(Kind::BlockStatus),
             cache: count(Kind::Cache),
+            zero_copy: self.zero_copy.load(Relaxed),
             errors: self.errors.load(Relaxed),
             last_io_ms: self.last_io_ms.load(Relaxed),
         }

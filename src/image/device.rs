@@ -147,6 +147,12 @@ impl Device {
         (at + len <= part.end).then(|| (&part.disk, at - part.start))
     }
 
+    /// The disk that holds all of a range, and the range in it.
+    pub(super) fn part_of(&self, range: ByteRange) -> Option<(&Disk, ByteRange)> {
+        let (disk, at) = self.whole(range.start().0, range.len())?;
+        Some((disk, ByteRange::between(at, at + range.len())))
+    }
+
     fn split(&self, at: u64, buf: &mut PageBuf) -> Vec<(&Rc<Disk>, GuestOffset, PageBuf)> {
         let cut = self.cut(ByteRange::between(at, at + buf.len() as u64));
         cut.map(|(disk, range)| (disk, range.start(), buf.split_to(range.len() as usize))).collect()

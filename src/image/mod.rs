@@ -18,6 +18,7 @@ pub mod contexts;
 pub mod convert;
 pub mod create;
 pub mod device;
+mod direct;
 mod disk;
 mod error;
 pub mod flatten;
@@ -40,6 +41,7 @@ mod shared;
 mod zero;
 
 pub use device::Device;
+pub use direct::{Direct, DirectRun};
 pub use disk::Disk;
 pub use error::Error;
 pub use open::{Gate, MIN_CACHE_BYTES, OpenOptions, Opener};

@@ -82,6 +82,11 @@ impl Layout {
         SLICE_BYTES.min(self.cluster())
     }
 
+    /// Where the slice is that has a guest cluster's entry, in its L2 table.
+    pub fn slice_of(self, table: u64, guest_cluster: u64) -> u64 {
+        table + guest_cluster % self.l2_entries() / self.slice_entries() * self.slice()
+    }
+
     /// L2 entries in one slice.
     pub fn slice_entries(self) -> u64 {
         self.slice() / self.l2_entry_bytes()

@@ -386,6 +386,24 @@ impl Metadata {
         }
     }
 
+    /// As [`Metadata::map`], as far as the tables in memory tell; asks for nothing.
+    pub fn map_at_hand(&mut self, range: ByteRange) -> Option<Mapped> {
+        match self.at_hand(range.start().0 >> self.layout.cluster_bits).then(|| self.try_map(range)) {
+            Some(Ok(mapped)) => Some(mapped),
+            _ => None,
+        }
+    }
+
+    /// Whether the L2 entry of a guest cluster can be looked at without a load, or there is none.
+    pub(super) fn at_hand(&mut self, guest_cluster: u64) -> bool {
+        let layout = self.layout;
+        match self.l2_table((guest_cluster / layout.l2_entries()) as usize) {
+            Ok(Some((table, _))) => self.tables.get(layout.slice_of(table, guest_cluster)).is_some(),
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
+
     fn try_map(&mut self, range: ByteRange) -> Result<Mapped, Stop> {
         let layout = self.layout;
         let start = range.start().0;
@@ -486,9 +504,9 @@ impl Metadata {
         let layout = self.layout;
         let l1_index = (guest_cluster / layout.l2_entries()) as usize;
         let Some((table, _)) = self.l2_table(l1_index)? else { return Ok(None) };
-        let in_table = guest_cluster % layout.l2_entries();
-        let slice = table + in_table / layout.slice_entries() * layout.slice();
+        let slice = layout.slice_of(table, guest_cluster);
         self.need(TableKind::L2, slice)?;
+        let in_table = guest_cluster % layout.l2_entries();
         Ok(Some((slice, (in_table % layout.slice_entries()) as usize)))
     }
 

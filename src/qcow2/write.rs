@@ -162,6 +162,40 @@ impl Metadata {
         }
     }
 
+    /// Where the first part of `range` can be written in place, and the length of that part, as far as the tables in
+    /// memory tell. Changes nothing and asks for nothing: `None` says to ask [`Metadata::begin_write`].
+    pub fn in_place(&mut self, range: ByteRange) -> Option<HostRange> {
+        let bits = self.layout.cluster_bits;
+        let first = range.start().0 >> bits;
+        let own = matches!(self.l2_table((first / self.layout.l2_entries()) as usize), Ok(Some((_, true))));
+        let settled = self.broken.is_none() && self.autoclear == 0 && !self.pending_over(first);
+        if !(own && settled && self.at_hand(first)) {
+            return None;
+        }
+        let (slice, index) = self.l2_slice(first).ok()??;
+        match self.write_kind(slice, index, first) {
+            Ok(Kind::InPlace(host)) => self.run_in_place(range, slice, index, host).ok(),
+            _ => None,
+        }
+    }
+
+    /// What of `range`, from its start, lies one after the other in clusters of our own; the first is at `host`.
+    fn run_in_place(
+        &mut self,
+        range: ByteRange,
+        slice: u64,
+        index: usize,
+        host: HostOffset,
+    ) -> Result<HostRange, Stop> {
+        let bits = self.layout.cluster_bits;
+        let first = range.start().0 >> bits;
+        let max = self.run_limit(first, index, (range.end().0 - 1) >> bits);
+        let count = self.contiguous_run(slice, index, first, max, host, false)?;
+        let in_cluster = range.start().0 % self.layout.cluster();
+        let len = ((count << bits) - in_cluster).min(range.len());
+        Ok(HostRange::new(HostOffset(host.0 + in_cluster), len))
+    }
+
     fn try_write(&mut self, range: ByteRange) -> Result<Write, Stop> {
         if self.check_writable()? {
             return Ok(Write::Prepare);
@@ -172,10 +206,8 @@ impl Metadata {
         let max = self.run_limit(first, index, (range.end().0 - 1) >> bits);
         match self.write_kind(slice, index, first)? {
             Kind::InPlace(host) => {
-                let count = self.contiguous_run(slice, index, first, max, host, false)?;
-                let in_cluster = range.start().0 % self.layout.cluster();
-                let len = ((count << bits) - in_cluster).min(range.len());
-                Ok(Write::InPlace { host: HostOffset(host.0 + in_cluster), len })
+                let run = self.run_in_place(range, slice, index, host)?;
+                Ok(Write::InPlace { host: run.start(), len: run.len() })
             }
             Kind::Reserved(host) => {
                 let count = self.contiguous_run(slice, index, first, max, host, true)?;

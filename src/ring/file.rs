@@ -12,6 +12,7 @@ use crate::pagebuf::PageBuf;
 use crate::units::{HostOffset, HostRange};
 use std::cell::Cell;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -120,6 +121,15 @@ impl File {
             }
         }
         Some(Ok(()))
+    }
+
+    /// The descriptor, for operations on a ring of somebody else's; `None` for the test double. Who uses it continues
+    /// short counts and tries again himself, or has [`File::read`] and [`File::write`] do all of it anew.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &self.inner.backend {
+            Backend::Real(real) => Some(real.fd()),
+            Backend::Memory(_) => None,
+        }
     }
 
     /// Whether the file system says that nothing is stored in the range, which reads as zeroes then: for who would read

@@ -137,7 +137,7 @@ impl Real {
         Some(free.saturating_add(u64::try_from(meta.st_blocks).ok()?.saturating_mul(512)))
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as `self`, which what is returned borrows.
         unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }
     }

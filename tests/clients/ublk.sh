@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run by tests/ublk.rs as root in a guest: exports as block devices (/dev/ublkbN).
-# usage: ublk.sh COWGATE
+# usage: ublk.sh COWGATE WAY
+# WAY: how data is to move with this kernel, "zero copy" or "user copy"
 set -euo pipefail
 cowgate=$1
+expected=$2
 # shellcheck source=tests/clients/guest.sh
 . "$(dirname "$0")/guest.sh"
 names=/dev/cowgate/by-name
@@ -33,6 +35,26 @@ is_sound() { # device, kind
         btrfs) check=(btrfs check --readonly) ;;
     esac
     "${check[@]}" "$1" >"$dir/fsck" 2>&1 || { cat "$dir/fsck"; fail "the file system is broken"; }
+}
+
+# What `ublk list` says of an export's device.
+listed() { # export, field
+    "$cowgate" ublk list --json | /usr/bin/python3 -c 'import json, sys
+print(*(d[sys.argv[2]] for d in json.load(sys.stdin)["devices"] if d["export"] == sys.argv[1]))' "$1" "$2"
+}
+# Reads and writes of an export's device whose data was not copied.
+not_copied() { # export
+    "$cowgate" status --json --control "$dir/control" | /usr/bin/python3 -c 'import json, sys
+print(*(e["totals"]["zero_copy"] for e in json.load(sys.stdin)["exports"] if e["name"] == sys.argv[1]))' "$1"
+}
+moves_data() { # export, way
+    equal "how the data of $1 moves" "$(listed "$1" data)" "$2"
+    local moved
+    moved=$(not_copied "$1")
+    case $2 in
+        "zero copy") [ "$moved" -gt 0 ] || fail "all data of $1 was copied" ;;
+        *) equal "what of $1 was not copied" "$moved" 0 ;;
+    esac
 }
 
 features() { # cluster
@@ -87,6 +109,67 @@ bare() { # export, cluster
     equal "the block before" "$(dd if="$device" bs=512 skip=$(((33 << 11) - 1)) count=1 status=none | tr -d x | wc -c)" 0
 }
 
+letters() { head -c "$2" /dev/zero | tr '\0' "$1"; } # letter, bytes
+# Reads a device around the page cache.
+content() { dd if="$device" bs=64K iflag=direct status=none | md5sum; }
+
+# What a file lacks at its end are zeroes, however data moves, and what it gets there stays.
+short_files() {
+    truncate -s 2M "$dir/short.raw"
+    letters y 1M | dd of="$dir/short.raw" bs=64K conv=notrunc iflag=fullblock status=none
+    qemu-img create -q -f qcow2 -o preallocation=metadata "$dir/short.qcow2" 2M
+    truncate -s -60K "$dir/short.qcow2"
+    export_file short-raw "$dir/short.raw" "ublk = true"
+    export_file short-qcow2 "$dir/short.qcow2" "ublk = true"
+    reload
+    appears short-raw
+    truncate -s 600K "$dir/short.raw"
+    equal "the shorter file" "$(content)" "$({ letters y 600K; head -c 1448K /dev/zero; } | md5sum)"
+    letters z 64K | dd of="$device" bs=64K seek=31 iflag=fullblock oflag=direct status=none
+    equal "the longer file" "$(content)" \
+        "$({ letters y 600K; head -c 1384K /dev/zero; letters z 64K; } | md5sum)"
+    appears short-qcow2
+    equal "the image" "$(content)" "$(head -c 2M /dev/zero | md5sum)"
+    letters z 64K | dd of="$device" bs=64K seek=31 iflag=fullblock oflag=direct status=none
+    equal "the image that was written" "$(content)" "$({ head -c 1984K /dev/zero; letters z 64K; } | md5sum)"
+    rm "$dir/conf.d/short-raw.conf" "$dir/conf.d/short-qcow2.conf"
+    reload
+    vanishes short-qcow2
+    image_is_good "$dir/short.qcow2"
+}
+
+# Small writes move without a copy where the file system takes them at once, as XFS does and tmpfs does not. Even there
+# one in each tick of the clock, which changes the file's time, is copied.
+small_writes() {
+    truncate -s 400M "$dir/fs"
+    modprobe loop
+    mkfs.xfs -q "$dir/fs"
+    mkdir "$dir/xfs"
+    mount -o loop "$dir/fs" "$dir/xfs"
+    head -c 4M /dev/zero >"$dir/xfs/disk.raw"
+    qemu-img create -q -f qcow2 -o preallocation=metadata "$dir/xfs/disk.qcow2" 4M
+    local kind
+    for kind in raw qcow2; do
+        export_file "small-$kind" "$dir/xfs/disk.$kind" "ublk = true"
+    done
+    reload
+    for kind in raw qcow2; do
+        appears "small-$kind"
+        fio_verifies "$device" 4M 512
+        # every table is in memory, every block is stored
+        letters v 4M | dd of="$device" bs=64K oflag=direct iflag=fullblock status=none
+        letters w 64K | dd of="$device" bs=4K seek=16 oflag=direct iflag=fullblock status=none
+        letters w 64K | cmp -n 65536 -i 65536:0 "$device" - || fail "it reads something else"
+        rm "$dir/conf.d/small-$kind.conf"
+    done
+    reload
+    vanishes small-qcow2
+    unowned "$dir/xfs/disk.qcow2" qcow2
+    unowned "$dir/xfs/disk.raw" raw
+    image_is_good "$dir/xfs/disk.qcow2"
+    umount "$dir/xfs"
+}
+
 configure
 truncate -s "$size" "$dir/disk.raw"
 truncate -s 1M "$dir/extra.raw"
@@ -102,12 +185,31 @@ done
 modprobe ublk_drv
 export_file raw "$dir/disk.raw" "ublk = true\nublkid = 5"
 export_file overlay "$dir/overlay.qcow2" "ublk = true\nublkqueues = 2"
+export_file copied "$dir/extra.raw" "ublk = true\nublkzerocopy = false"
 start
 
 appears raw
 equal "the device" "$device" /dev/ublkb5
 bare raw 4096
 bare overlay 65536
+way="user copy"
+if "$cowgate" ublk list | grep '^driver:' | grep -qw AUTO_BUF_REG; then way="zero copy"; fi
+say "$way"
+equal "the way of this kernel" "$way" "$expected"
+moves_data raw "$way"
+moves_data overlay "$way"
+equal "the queues" "$(listed overlay queues)" 2
+appears copied
+fio_verifies "$device" 1M 512
+moves_data copied "user copy"
+rm "$dir/conf.d/copied.conf"
+reload
+vanishes copied
+
+say "files that are shorter than their disks"
+short_files
+say "small writes"
+small_writes
 file_system xfs xfs
 file_system btrfs btrfs
 file_system raw ext4
@@ -180,7 +282,7 @@ stop
 image_is_good "$dir/overlay.qcow2"
 image_is_good "$dir/xfs.qcow2"
 image_is_good "$dir/btrfs.qcow2"
-equal "what is left of devices" "$("$cowgate" ublk list | wc -l)" 1
+equal "what is left of devices" "$("$cowgate" ublk list | grep -c /dev/ublk)" 0
 grep -E 'panicked' "$dir/log" && fail "the daemon panicked"
 dmesg | grep -E 'BUG:|WARNING:|blocked for more' && fail "the kernel complains"
 say "done"

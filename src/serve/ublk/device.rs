@@ -13,7 +13,7 @@ use crate::export::service::Export;
 use crate::ring::{self, Peer};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
-use libublk::{UblkError, UblkFlags, sys};
+use libublk::{UblkError, UblkFlags};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::pin::pin;
@@ -116,7 +116,7 @@ fn serve_device(
     events: &Receiver<Event>,
     started: impl FnOnce(u32),
 ) -> Result<(), Error> {
-    driver::features()?;
+    let features = driver::features()?;
     let refused = |what| move |source| Error::Driver { what, source };
     let known = former.map(|id| UblkCtrl::new_simple(id as i32)).transpose().map_err(refused("find the device"))?;
     let known = known.map(|control| (control.dev_info(), control));
@@ -140,7 +140,7 @@ fn serve_device(
             .id(keys.id.map_or(-1, |id| id as i32)) // below 2^20
             .depth(keys.depth.unwrap_or(DEFAULT_DEPTH))
             .io_buf_bytes(MAX_REQUEST)
-            .ctrl_flags(flags(held.is_some()))
+            .ctrl_flags(driver::flags(features, keys.zero_copy, held.is_some()))
             .ctrl_target_flags(driver::OURS)
             .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV),
     };
@@ -188,16 +188,6 @@ fn serve_device(
     record::forget(id);
     info!("export {name:?}: {} is deleted", driver::node(id).display());
     Ok(())
-}
-
-/// What of the driver's features a device uses.
-fn flags(lasting: bool) -> u64 {
-    let recovery = match lasting {
-        // what was under way when the daemon died is asked for again: doing it twice does no harm
-        true => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
-        false => 0,
-    };
-    u64::from(sys::UBLK_F_USER_COPY | recovery)
 }
 
 fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {

@@ -1,5 +1,6 @@
 //! What this machine's ublk driver has: whether it is there, which devices it knows, who has one of them open.
 
+use super::control::{self, CONTROL};
 use super::params::SECTOR;
 use super::record;
 use libublk::ctrl::UblkCtrl;
@@ -8,6 +9,7 @@ use nix::sys::stat::stat;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -16,8 +18,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
-/// Where the driver takes orders.
-const CONTROL: &str = "/dev/ublk-control";
 /// Where names of exports lead to their devices.
 pub const BY_NAME: &str = "/dev/cowgate/by-name";
 
@@ -52,9 +52,76 @@ pub(super) fn features() -> Result<u64, NoDriver> {
         return Err(NoDriver::Forbidden(e.to_string()));
     }
     let features = UblkCtrl::get_features().ok_or(NoDriver::TooOld)?;
-    match features & u64::from(libublk::sys::UBLK_F_USER_COPY) {
+    match features & u64::from(sys::UBLK_F_USER_COPY) {
         0 => Err(NoDriver::TooOld),
         _ => Ok(features),
+    }
+}
+
+/// What of the driver's features a device is to use. `zero_copy`: where the driver has it; `lasting`: the device outlives
+/// its daemon.
+pub(super) fn flags(features: u64, zero_copy: bool, lasting: bool) -> u64 {
+    let moved = if zero_copy { features & u64::from(sys::UBLK_F_AUTO_BUF_REG) } else { 0 };
+    let recovery = match lasting {
+        // what was under way when the daemon died is asked for again: doing it twice does no harm
+        true => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
+        false => 0,
+    };
+    // always: what cannot be moved without a copy gets copied
+    u64::from(sys::UBLK_F_USER_COPY | recovery) | moved
+}
+
+/// Features of the driver that concern what this program does or may do, by their names in `ublk_cmd.h` without UBLK_F.
+const NAMED: [(u32, &str); 9] = [
+    (sys::UBLK_F_USER_COPY, "USER_COPY"),
+    (sys::UBLK_F_SUPPORT_ZERO_COPY, "SUPPORT_ZERO_COPY"),
+    (sys::UBLK_F_AUTO_BUF_REG, "AUTO_BUF_REG"),
+    (sys::UBLK_F_USER_RECOVERY, "USER_RECOVERY"),
+    (sys::UBLK_F_USER_RECOVERY_REISSUE, "USER_RECOVERY_REISSUE"),
+    (sys::UBLK_F_UPDATE_SIZE, "UPDATE_SIZE"),
+    (sys::UBLK_F_QUIESCE, "QUIESCE"),
+    (sys::UBLK_F_PER_IO_DAEMON, "PER_IO_DAEMON"),
+    (sys::UBLK_F_BATCH_IO, "BATCH_IO"),
+];
+
+/// The names of the driver's features.
+pub fn feature_names() -> Result<Vec<&'static str>, NoDriver> {
+    let features = features()?;
+    Ok(NAMED.iter().filter(|(flag, _)| features & u64::from(*flag) != 0).map(|(_, name)| *name).collect())
+}
+
+/// How the data of a device's requests moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Data {
+    /// Without a copy, as far as the image makes it possible.
+    #[serde(rename = "zero copy")]
+    ZeroCopy,
+    /// Its daemon copies it.
+    #[serde(rename = "user copy")]
+    UserCopy,
+    /// The driver copies it to its daemon's buffers.
+    #[serde(rename = "buffers")]
+    Buffers,
+}
+
+impl Data {
+    fn of(flags: u64) -> Data {
+        let has = |flags_of: u32| flags & u64::from(flags_of) != 0;
+        match (has(sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_SUPPORT_ZERO_COPY), has(sys::UBLK_F_USER_COPY)) {
+            (true, _) => Data::ZeroCopy,
+            (false, true) => Data::UserCopy,
+            (false, false) => Data::Buffers,
+        }
+    }
+}
+
+impl fmt::Display for Data {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Data::ZeroCopy => "zero copy",
+            Data::UserCopy => "user copy",
+            Data::Buffers => "buffers",
+        })
     }
 }
 
@@ -74,6 +141,10 @@ pub struct Listed {
     /// The process that serves it; `None`: whoever uses it waits for one, or gets errors. One that we may not look into is
     /// not seen.
     pub daemon: Option<u32>,
+    /// How its data moves; `None`: the driver does not say so to us.
+    pub data: Option<Data>,
+    /// Its queues.
+    pub queues: Option<u16>,
 }
 
 /// The devices of the driver, by their numbers.
@@ -85,7 +156,10 @@ pub fn list() -> io::Result<Vec<Listed>> {
         let in_use = device.is_some() && matches!(Unused::claim(id), Ok(None));
         let size_bytes = size(id);
         let daemon = stat(&Path::new("/dev").join(format!("ublkc{id}"))).ok().and_then(|found| holder(&found));
-        found.push(Listed { id, export: names.get(&id).cloned(), device, size_bytes, in_use, daemon });
+        let info = control::info(id).ok();
+        let (data, queues) = (info.map(|info| Data::of(info.flags)), info.map(|info| info.nr_hw_queues));
+        let export = names.get(&id).cloned();
+        found.push(Listed { id, export, device, size_bytes, in_use, daemon, data, queues });
     }
     Ok(found)
 }
@@ -317,5 +391,18 @@ mod tests {
         assert_eq!(link_name("a/b c\\d"), r"a\x2fb\x20c\x5cd");
         assert_eq!((link_name("..").as_str(), link_name(".x").as_str()), (r"\x2e.", r"\x2ex"));
         assert_eq!(link_name("müller"), "müller");
+    }
+
+    #[test]
+    fn a_device_uses_what_the_driver_has() {
+        let (copy, auto) = (u64::from(sys::UBLK_F_USER_COPY), u64::from(sys::UBLK_F_AUTO_BUF_REG));
+        let again = u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE);
+        let all = copy | auto | again | u64::from(sys::UBLK_F_BATCH_IO);
+        assert_eq!((flags(all, true, false), flags(all, false, false)), (copy | auto, copy));
+        assert_eq!((flags(all, true, true), flags(copy | again, true, true)), (copy | auto | again, copy | again));
+        assert_eq!(
+            (Data::of(copy | auto), Data::of(copy), Data::of(0)),
+            (Data::ZeroCopy, Data::UserCopy, Data::Buffers)
+        );
     }
 }

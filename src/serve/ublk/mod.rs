@@ -1,8 +1,8 @@
 //! Exports as block devices of this machine, `/dev/ublkbN`: the devices that there are follow the configuration.
 //!
 //! - [`driver`]: what the kernel's ublk driver has, and who uses a device
-//! - `device`: the life of one device; `queue`: one of its queues, a thread; `params`: the driver's numbers; `record`:
-//!   what outlives the daemon
+//! - `device`: the life of one device; `queue`: one of its queues, a thread; `direct`: data that is not copied;
+//!   `control`: what the driver says of a device; `params`: the driver's numbers; `record`: what outlives the daemon
 //! - `reclaim`: what keeps short memory from making the devices wait for themselves; `stack`: what lies on which device
 //! - [`single`]: one device that belongs to no configuration
 //!
@@ -10,7 +10,9 @@
 //! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
 //! the one of the new definition comes.
 
+mod control;
 mod device;
+mod direct;
 pub mod driver;
 mod params;
 mod queue;

@@ -3,7 +3,7 @@
 //! The driver counts in sectors of 512 bytes. Follows the kernel's Documentation/block/ublk.rst and
 //! include/uapi/linux/ublk_cmd.h.
 
-use crate::block::{Geometry, Op, ZeroFlags};
+use crate::block::{Direction, Geometry, Op, ZeroFlags};
 use crate::pagebuf::PageBuf;
 use libublk::sys;
 
@@ -103,6 +103,15 @@ impl Asked {
             return None;
         }
         Some(Asked { kind, start, len, fua: flag(sys::UBLK_IO_F_FUA) })
+    }
+
+    /// Which way its data goes, if it has any.
+    pub(super) fn direction(&self) -> Option<Direction> {
+        match self.kind {
+            Kind::Read => Some(Direction::Read),
+            Kind::Write => Some(Direction::Write),
+            Kind::Flush | Kind::Discard | Kind::WriteZeroes { .. } => None,
+        }
     }
 
     /// The operation, with room for its data.

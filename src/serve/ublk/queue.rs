@@ -1,24 +1,28 @@
 //! One queue of a device, on a thread of its own: takes requests from the driver and has the export answer them.
 //!
 //! The thread has a runtime like a worker's, for the image, and the driver's ring, which libublk keeps; this drives the one
-//! from within the other. Data is copied between the driver's pages and ours with pread and pwrite on the device's
-//! character device (UBLK_F_USER_COPY), so that a request has memory only while it is under way.
+//! from within the other. Where the driver can do it, data moves between its pages and the image's files without a copy
+//! (`direct`). Else, and whatever is more than moving bytes, it is copied between the driver's pages and ours with pread
+//! and pwrite on the device's character device (UBLK_F_USER_COPY), so that a request has memory only while it is under
+//! way.
 //!
 //! Promises: every request of the driver gets one answer; a panic while it is carried out is an I/O error of that request.
 
+use super::direct::{self, Moved, Way};
 use super::params::{Asked, Kind};
 use super::single;
-use crate::block::{BlockDev, Errno, Geometry, Op, Request};
+use crate::block::{BlockDev, Errno, Geometry, Op, Request, Transfer};
 use crate::export::limiter::Cost;
 use crate::export::service::Client;
 use crate::export::usage;
+use crate::image::Direct;
 use crate::pagebuf::PageBuf;
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use io_uring::IoUring;
-use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_io_ring};
+use libublk::UblkError;
+use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_io_ring, with_task_io_ring_mut};
 use libublk::uring_async::ublk_wake_task;
-use libublk::{BufDesc, UblkError};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::{pread, pwrite};
 use std::cell::{Cell, RefCell};
@@ -30,10 +34,7 @@ use std::pin::pin;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
-use tracing::error;
-
-/// Flag of io_uring_enter(2): waits for events, or, with none to wait for, does what was put off.
-const IORING_ENTER_GETEVENTS: u32 = 1;
+use tracing::{debug, error};
 
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
@@ -47,8 +48,15 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
     let queue = UblkQueue::new(id, device)?;
     let pump = Pump::new(&queue)?;
     made();
-    let session = Session { client, geometry: client.device().geometry(), device, queue: id };
-    let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&queue, &pump, &session, tag)).collect();
+    let session = Session {
+        client,
+        geometry: client.device().geometry(),
+        device,
+        queue: &queue,
+        pump: &pump,
+        copies: Default::default(),
+    };
+    let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&session, tag)).collect();
     let all = async { while tags.next().await.is_some() {} };
     tokio::select! {
         biased;
@@ -61,33 +69,37 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
 ///
 /// The driver's requests come as task work of this thread. With DEFER_TASKRUN it is done when the thread asks for it, and
 /// the kernel does what is left of it before it takes back the commands of a process that is killed. Without, kernels as
-/// late as 6.12 take the command back first, and then touch what they have freed.
+/// late as 6.12 take the command back first, and then touch what they have freed. With TASKRUN_FLAG the ring says that
+/// there is such work, and each submission sees to it.
 fn make_ring(device: &UblkDev) -> Result<(), UblkError> {
     let depth = u32::from(device.dev_info.queue_depth);
     ublk_init_task_ring(|cell| {
         let mut builder = IoUring::builder();
-        let builder = builder.setup_cqsize(2 * depth).setup_single_issuer().setup_defer_taskrun();
+        builder.setup_cqsize(2 * depth).setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         let ring = builder.build(depth).map_err(UblkError::IOError)?;
         cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))
     })
 }
 
 /// The requests that come under one tag, one after the other.
-async fn answer<'a>(queue: &UblkQueue<'_>, pump: &'a Pump<'a>, session: &Session<'_>, tag: u16) {
-    let none = BufDesc::Slice(&[]);
-    let mut come = pump.submit(queue.submit_io_prep_cmd(tag, none.clone(), 0, None)).await;
+async fn answer(session: &Session<'_>, tag: u16) {
+    let (queue, pump) = (session.queue, session.pump);
+    let buffer = direct::buffer(queue, tag);
+    let mut come = pump.submit(queue.submit_io_prep_cmd(tag, buffer.clone(), 0, None)).await;
     loop {
         match come {
             Ok(_) => {}
             Err(UblkError::QueueIsDown) => return,
-            Err(e) => return error!("queue {} of ublk device {}: {e}", session.queue, session.device.dev_info.dev_id),
+            Err(e) => {
+                return error!("queue {} of ublk device {}: {e}", queue.get_qid(), session.device.dev_info.dev_id);
+            }
         }
         let asked = Asked::parse(queue.get_iod(tag));
         let busy = pump.busy();
         let result = AssertUnwindSafe(session.perform(tag, asked)).catch_unwind().await;
         drop(busy);
         let result = result.unwrap_or(Err(Errno::EIO)).unwrap_or_else(|e| -e.0);
-        come = pump.submit(queue.submit_io_commit_cmd(tag, none.clone(), result)).await;
+        come = pump.submit(queue.submit_io_commit_cmd(tag, buffer.clone(), result)).await;
     }
 }
 
@@ -96,7 +108,10 @@ struct Session<'a> {
     client: &'a Client,
     geometry: Geometry,
     device: &'a UblkDev,
-    queue: u16,
+    queue: &'a UblkQueue<'a>,
+    pump: &'a Pump<'a>,
+    /// A file cannot do without a copy, for each way.
+    copies: [Cell<bool>; Way::COUNT],
 }
 
 impl Session<'_> {
@@ -122,6 +137,42 @@ impl Session<'_> {
     }
 
     async fn carry_out(&self, tag: u16, asked: Asked) -> Result<i32, Errno> {
+        if let Some(direction) = asked.direction()
+            && direct::has_pages(self.queue, tag)
+        {
+            let transfer = Transfer::new(direction, asked.start, asked.len, asked.fua, &self.geometry)?;
+            if let Some(done) = self.move_directly(tag, transfer).await {
+                return done.map(|()| asked.len as i32); // at most MAX_REQUEST
+            }
+        }
+        self.copy(tag, asked).await
+    }
+
+    /// Has the bytes moved without a copy. `None`: they are to be copied.
+    async fn move_directly(&self, tag: u16, transfer: Transfer) -> Option<Result<(), Errno>> {
+        let way = Way::of(&transfer);
+        let copies = &self.copies[way as usize];
+        if copies.get() {
+            return None;
+        }
+        let move_all = async |direct: &Direct<'_>| {
+            let moved = direct::transfer(self.queue, self.pump, tag, way, direct).await;
+            if moved == Moved::Never && !copies.replace(true) {
+                let (queue, device) = (self.queue.get_qid(), self.device.dev_info.dev_id);
+                debug!("queue {queue} of ublk device {device}: a file needs copies: {way:?}");
+            }
+            moved == Moved::All
+        };
+        let export = self.client.export();
+        let done = export.submit_direct(self.client.device(), transfer, move_all).await;
+        if done == Some(Ok(())) {
+            self.client.connection().moved_directly();
+        }
+        done
+    }
+
+    /// Carries a request out with memory of ours for its data.
+    async fn copy(&self, tag: u16, asked: Asked) -> Result<i32, Errno> {
         let mut op = asked.op();
         if let Op::Write(buf) = &mut op {
             self.fetch(tag, buf)?;
@@ -155,7 +206,7 @@ impl Session<'_> {
 
     /// Where the pages of a tag's request are, in the character device.
     fn place(&self, tag: u16) -> i64 {
-        UblkIOCtx::ublk_user_copy_pos(self.queue, tag, 0) as i64 // below 2^63 by the driver's definition
+        UblkIOCtx::ublk_user_copy_pos(self.queue.get_qid(), tag, 0) as i64 // below 2^63 by the driver's definition
     }
 
     /// The character device.
@@ -167,7 +218,7 @@ impl Session<'_> {
 }
 
 /// Submits to the driver's ring and wakes whoever waits for its answers.
-struct Pump<'a> {
+pub(super) struct Pump<'a> {
     queue: &'a UblkQueue<'a>,
     /// Told of all that the ring has for the thread: work to be done, and answers.
     news: AsyncFd<EventFd>,
@@ -208,7 +259,7 @@ impl<'a> Pump<'a> {
     }
 
     /// Awaits a command for the driver, which is queued when it is first polled and then to be submitted.
-    async fn submit<T>(&self, command: impl Future<Output = T>) -> T {
+    pub(super) async fn submit<T>(&self, command: impl Future<Output = T>) -> T {
         let mut command = pin!(command);
         if let Some(refused) = command.as_mut().now_or_never() {
             return refused;
@@ -220,12 +271,6 @@ impl<'a> Pump<'a> {
     /// Moves commands and answers until the device is stopped, or the ring fails.
     async fn run(&self) -> Result<(), UblkError> {
         loop {
-            // has the kernel do what it has put off
-            with_task_io_ring(|ring| {
-                // SAFETY: nothing is submitted with this, and nothing is passed.
-                unsafe { ring.submitter().enter::<libc::sigset_t>(0, 0, IORING_ENTER_GETEVENTS, None) }
-            })?;
-            // what is queued is submitted with this, too
             match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
                 Ok(_) => {}
                 Err(UblkError::QueueIsDown) => break,
@@ -237,9 +282,18 @@ impl<'a> Pump<'a> {
                 () = self.filled.notified() => {}
             }
         }
-        // the driver waits for no answer any more, but what was begun is ended
+        // the driver waits for no answer any more, but what was begun is ended, and files are read and written here, too
         while self.busy.get() > 0 {
-            self.idle.notified().await;
+            let done = with_task_io_ring_mut(|ring| {
+                ring.submit()?;
+                Ok::<_, io::Error>(ring.completion().collect::<Vec<_>>())
+            })?;
+            done.iter().for_each(|done| ublk_wake_task(done.user_data(), done));
+            tokio::select! {
+                ready = self.news.readable() => ready?.clear_ready(),
+                () = self.filled.notified() => {}
+                () = self.idle.notified() => {}
+            }
         }
         Ok(())
     }

@@ -1,0 +1,136 @@
+//! Zero copy: bytes go between a request's pages and image files, with no memory of ours in between.
+//!
+//! With UBLK_F_AUTO_BUF_REG the driver puts the pages of each request into the buffer table of the queue's ring, at the
+//! index of its tag, and takes them out when the request is answered. Reads and writes of files on that ring can use
+//! them meanwhile. What comes back short or with an error is nobody's loss: the caller has it done with a buffer.
+
+use super::queue::Pump;
+use crate::block::{Direction, Transfer};
+use crate::image::{Direct, DirectRun};
+use futures_util::future::join_all;
+use io_uring::{opcode, squeue, types};
+use libublk::io::UblkQueue;
+use libublk::{BufDesc, sys};
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+/// What the fetching of a request under this tag says about its pages.
+pub(super) fn buffer(queue: &UblkQueue<'_>, tag: u16) -> BufDesc<'static> {
+    match queue.support_auto_buf_zc() {
+        // should it not work, the request comes all the same, and its data is copied
+        true => BufDesc::AutoReg(sys::ublk_auto_buf_reg {
+            index: tag,
+            flags: sys::UBLK_AUTO_BUF_REG_FALLBACK as u8,
+            ..Default::default()
+        }),
+        false => BufDesc::Slice(&[]),
+    }
+}
+
+/// Whether the pages of a request are in the ring's table.
+pub(super) fn has_pages(queue: &UblkQueue<'_>, tag: u16) -> bool {
+    queue.support_auto_buf_zc() && queue.get_iod(tag).op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
+}
+
+/// Writes of fewer bytes are not worth a thread of the kernel's.
+const SMALL_WRITE: u64 = 32 << 10;
+
+/// Kinds of transfers: a file may be able to do one and not another. Why these: kernel-notes/2026-11-23-ublk-zero-copy.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The ring reads what is cached at once, and waits for the rest.
+    Read,
+    /// Only at once: where the file system cannot do that, the kernel would hand the write to a thread of its own, which
+    /// costs more than a copy.
+    SmallWrite,
+    /// At once or not: the copy costs more.
+    LargeWrite,
+}
+
+impl Way {
+    pub(super) const COUNT: usize = 3;
+
+    pub(super) fn of(transfer: &Transfer) -> Way {
+        match transfer.direction() {
+            Direction::Read => Way::Read,
+            Direction::Write if transfer.range().len() < SMALL_WRITE => Way::SmallWrite,
+            Direction::Write => Way::LargeWrite,
+        }
+    }
+}
+
+/// What became of moving a request's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moved {
+    /// All are where they belong.
+    All,
+    /// Some are not.
+    NotAll,
+    /// They are not, and this way is not to be tried again: a file cannot do it.
+    Never,
+}
+
+/// Moves all bytes of the request under this tag.
+pub(super) async fn transfer(queue: &UblkQueue<'_>, pump: &Pump<'_>, tag: u16, way: Way, direct: &Direct<'_>) -> Moved {
+    let mut from = 0;
+    let entries = direct.runs().iter().map(|run| {
+        let entry = entry(run, way, tag, from);
+        from += run.host.len();
+        (run.host.len(), entry)
+    });
+    let moves = entries.map(async |(len, entry)| outcome(pump.submit(queue.ublk_submit_sqe(entry)).await, len));
+    // in the order of the worst
+    join_all(moves).await.into_iter().fold(Moved::All, |worst, moved| match (worst, moved) {
+        (Moved::Never, _) | (_, Moved::Never) => Moved::Never,
+        (Moved::NotAll, _) | (_, Moved::NotAll) => Moved::NotAll,
+        (Moved::All, Moved::All) => Moved::All,
+    })
+}
+
+/// The operation for a run whose first byte is the request's byte `from`.
+fn entry(run: &DirectRun<'_>, way: Way, tag: u16, from: u64) -> squeue::Entry {
+    let file = types::Fd(run.file.as_raw_fd());
+    // in such a buffer places are counted from 0
+    let place = from as usize;
+    let len = run.host.len() as u32; // at most MAX_REQUEST
+    let at = run.host.start().0;
+    let write = || opcode::WriteFixed::new(file, ptr::without_provenance(place), len, tag).offset(at);
+    match way {
+        Way::Read => opcode::ReadFixed::new(file, ptr::without_provenance_mut(place), len, tag).offset(at).build(),
+        Way::SmallWrite => write().rw_flags(libc::RWF_NOWAIT).build(),
+        Way::LargeWrite => write().build(),
+    }
+}
+
+/// What the kernel's answer to an operation on `len` bytes says.
+fn outcome(result: i32, len: u64) -> Moved {
+    match result {
+        moved if u64::try_from(moved) == Ok(len) => Moved::All,
+        error if [libc::EINVAL, libc::EOPNOTSUPP, libc::EFAULT].contains(&-error) => Moved::Never,
+        _ => Moved::NotAll,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Geometry;
+
+    #[test]
+    fn small_writes_are_told_from_large_ones() {
+        let geometry =
+            Geometry { size: 1 << 20, min_block: 1, preferred_block: 4096, max_payload: 1 << 20, read_only: false };
+        let way = |direction, len| Way::of(&Transfer::new(direction, 0, len, false, &geometry).unwrap());
+        assert_eq!(way(Direction::Write, SMALL_WRITE - 512), Way::SmallWrite);
+        assert_eq!(way(Direction::Write, SMALL_WRITE), Way::LargeWrite);
+        assert_eq!(way(Direction::Read, 512), Way::Read);
+    }
+
+    #[test]
+    fn only_whole_moves_count() {
+        assert_eq!(outcome(4096, 4096), Moved::All);
+        assert_eq!((outcome(0, 4096), outcome(4095, 4096)), (Moved::NotAll, Moved::NotAll), "the file ends there");
+        assert_eq!((outcome(-libc::EAGAIN, 1), outcome(-libc::EIO, 1)), (Moved::NotAll, Moved::NotAll));
+        assert_eq!((outcome(-libc::EINVAL, 1), outcome(-libc::EFAULT, 1)), (Moved::Never, Moved::Never));
+    }
+}
