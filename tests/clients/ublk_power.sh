@@ -3,7 +3,7 @@
 # before left when its power was cut; each but the last ends by a cut.
 # usage: ublk_power.sh COWGATE KIND ROUND ROUNDS SHARE
 #   KIND    of the file system on the device: ext4 or xfs
-#   SHARE   a directory of the host: in it files that list what was durable
+#   SHARE   a directory of the host: in it files that list what was durable, and "cut", the last round's end
 set -euo pipefail
 cowgate=$1 kind=$2 round=$3 rounds=$4 share=$5
 # shellcheck source=tests/clients/guest.sh
@@ -97,5 +97,6 @@ enough() { [ "$(durable)" -ge 12 ]; }
 until_true "files" enough
 # any moment will do
 sleep "$((RANDOM % 2)).$((RANDOM % 1000))"
-say "round $round: cut with $(durable) files"
+# what is said on the way to the cut may not get out any more
+echo "round $round: cut with $(durable) files" >"$share/cut"
 echo b >/proc/sysrq-trigger
