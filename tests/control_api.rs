@@ -640,6 +640,10 @@ fn answers_are_what_the_description_says() {
     let writer = Writer::start(&daemon, "disk");
     judge("ExportView", view(&daemon, "disk"));
     judge("ExportView", view(&daemon, "missing"));
+    let (status, _, refused) = ask(&daemon, "POST", "/v1/exports/disk/resize", json!({"size_bytes": 1}));
+    assert_eq!(status, 409, "it is no block device: {refused}");
+    judge("Problem", refused);
+    judge("Problem", ask(&daemon, "POST", "/v1/exports/disk/resize", json!({"size_bytes": 1, "more_bytes": 1})).2);
     judge("Removed", ask(&daemon, "DELETE", "/v1/exports/disk", Value::Null).2);
     judge("ExportList", ask(&daemon, "GET", "/v1/exports?details=true", Value::Null).2);
     judge("ExportList", ask(&daemon, "GET", "/v1/exports", Value::Null).2);

@@ -4,11 +4,13 @@ use super::control::{Control, export_path, printable};
 use super::name::NameParts;
 use super::progress::print_json;
 use super::say;
-use super::size::show as human_size;
+use super::size::{parse as parse_size, show as human_size};
 use super::table::Table;
 use crate::export::status::{ClientStatus, ExportStatus, LayerStatus, Lock, Mode, State};
 use crate::image::Format;
-use crate::serve::control::wire::{AddExport, AddOutcome, Added, ExportList, ExportView, KeyValue, Removed};
+use crate::serve::control::wire::{
+    AddExport, AddOutcome, Added, ExportList, ExportView, KeyValue, Removed, ResizeExport, ResizedExport,
+};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,6 +25,8 @@ pub(super) enum Command {
     List(List),
     /// Show everything about one export
     Show(Show),
+    /// Make an export's block device larger, and its disk
+    Resize(Resize),
 }
 
 #[derive(Debug, clap::Args)]
@@ -91,12 +95,35 @@ pub(super) struct Show {
     control: Control,
 }
 
+#[derive(Debug, clap::Args)]
+pub(super) struct Resize {
+    /// Its name
+    name: String,
+    /// The new size, like 20G, or how much it is to grow, like +5G [default: what its file or volume has by now]
+    #[arg(value_parser = larger)]
+    size: Option<ResizeExport>,
+    /// Print the new size as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    control: Control,
+}
+
+/// `SIZE` or `+SIZE`.
+fn larger(text: &str) -> Result<ResizeExport, String> {
+    Ok(match text.strip_prefix('+') {
+        Some(more) => ResizeExport { more_bytes: Some(parse_size(more)?), ..ResizeExport::default() },
+        None => ResizeExport { size_bytes: Some(parse_size(text)?), ..ResizeExport::default() },
+    })
+}
+
 pub(super) fn run(command: &Command) -> Result<ExitCode, String> {
     match command {
         Command::Add(args) => add(args),
         Command::Remove(args) => remove(args),
         Command::List(args) => list(args),
         Command::Show(args) => show(args),
+        Command::Resize(args) => resize(args),
     }
     .map(|()| ExitCode::SUCCESS)
 }
@@ -147,6 +174,16 @@ fn remove(args: &Remove) -> Result<(), String> {
         (true, _) => format!("{name}: removed, its image is released\n"),
         (false, clients) => format!("{name}: removed; {clients} clients stay connected until they leave\n"),
     })
+}
+
+fn resize(args: &Resize) -> Result<(), String> {
+    let wanted = args.size.unwrap_or_default();
+    let resized: ResizedExport = args.control.post(&format!("{}/resize", export_path(&args.name)), Some(&wanted))?;
+    if args.json {
+        return print_json(&resized);
+    }
+    let size = human_size(resized.size_bytes);
+    say(&format!("{}: {size} ({} bytes)\n", printable(&resized.name), resized.size_bytes))
 }
 
 fn list(args: &List) -> Result<(), String> {

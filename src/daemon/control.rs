@@ -113,6 +113,7 @@ impl Control {
                 self.answer(|_| false);
             }
             Request::IncludeDir { done } => drop(done.send(self.reload.include_dir().map(Path::to_owned))),
+            Request::Resize { name, resize } => self.devices.resize(&name, resize),
             Request::Missing { name, done } => {
                 self.missing.push(Missing { name, since: Instant::now(), done });
                 if self.look_due.is_none() {

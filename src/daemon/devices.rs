@@ -17,6 +17,7 @@ pub(super) fn sweep() {}
 
 #[cfg(not(feature = "ublk"))]
 mod without {
+    use crate::export::control::Resize;
     use crate::export::registry::Registry;
     use std::path::Path;
     use std::sync::Arc;
@@ -43,8 +44,13 @@ mod without {
             }
         }
 
+        /// There is nothing to resize.
+        pub fn resize(&self, _name: &str, resize: Resize) {
+            resize.answer(Err("there are no block devices: this daemon was built without the feature ublk".to_owned()));
+        }
+
         /// There is nothing to wait for.
-        pub fn stop(&self, _patience: Duration) {}
+        pub fn stop(&self, _patience: Duration, _hand_over: bool) {}
     }
 }
 

@@ -1,9 +1,10 @@
 //! The daemon: the order in which things start and stop, and what signals do. Runs on the control thread; clients
 //! live on the workers. Called by `cowgate serve`.
 //!
-//! Start: signals, configuration, listeners, pid file, control socket, change of user, registry, workers, "ready". Stop (SIGTERM, SIGINT): no new clients, what
-//! is in flight is finished, images are flushed as their last clients leave, workers end. SIGHUP reads the
-//! configuration again; nobody is disconnected by it.
+//! Start: signals, configuration, listeners, pid file, control socket, change of user, registry, workers, "ready". Stop
+//! (SIGTERM, SIGINT): no new clients, what is in flight is finished, images are flushed as their last clients leave, workers
+//! end. SIGUSR2: the same, but block devices wait for the next daemon. SIGHUP reads the configuration again; nobody is
+//! disconnected by it.
 
 pub mod background;
 pub mod check;
@@ -266,10 +267,11 @@ async fn serve(
     let registry = Arc::clone(&context.registry);
     let (stop, stopped) = watch::channel(false);
     let mut serving = pin!(listeners.serve(workers.clone(), context, stopped));
-    let name = loop {
+    let (name, hand_over) = loop {
         tokio::select! {
             signal = signals.next() => match signal {
-                Signal::Stop(name) => break name,
+                Signal::Stop(name) => break (name, false),
+                Signal::HandOver(name) => break (name, true),
                 Signal::Reload => control.reload(),
             },
             // there is always a sender: the context's
@@ -289,7 +291,7 @@ async fn serve(
     stop.send_replace(true);
     // those before were logged when they happened; the status speaks of this end
     let failed_before = registry.failed_flushes();
-    let stopping = tokio::task::spawn_blocking(move || devices.stop(DEVICE_PATIENCE));
+    let stopping = tokio::task::spawn_blocking(move || devices.stop(DEVICE_PATIENCE, hand_over));
     let all = async {
         serving.await;
         let _ = stopping.await; // a panic was printed when it happened
@@ -317,7 +319,7 @@ async fn finish(
                 info!("stopped");
                 return Ok(());
             }
-            signal = signals.next() => if let Signal::Stop(name) = signal {
+            signal = signals.next() => if let Signal::Stop(name) | Signal::HandOver(name) = signal {
                 warn!("{name} again: stopping at once; what was in flight may not be on disk");
                 drop(pid_file);
                 std::process::exit(1);

@@ -1,4 +1,4 @@
-//! The signals that the daemon obeys: SIGTERM, SIGINT and SIGHUP for the daemon's loop; after SIGHUP and SIGUSR1 a log file
+//! The signals that the daemon obeys: SIGTERM, SIGINT, SIGUSR2 and SIGHUP for the daemon's loop; after SIGHUP and SIGUSR1 a log file
 //! that was rotated is opened anew, in here. SIGPIPE needs no place here: Rust programs ignore it from their start.
 
 use super::log_file::LogFile;
@@ -11,6 +11,7 @@ pub struct Signals {
     hangup: unix::Signal,
     terminate: unix::Signal,
     interrupt: unix::Signal,
+    replaced: unix::Signal,
     rotated: unix::Signal,
     log: Option<Arc<LogFile>>,
 }
@@ -22,6 +23,8 @@ pub enum Signal {
     Reload,
     /// Stop, with the signal's name.
     Stop(&'static str),
+    /// Stop, as another daemon comes at once: block devices wait for it.
+    HandOver(&'static str),
 }
 
 impl Signals {
@@ -31,6 +34,7 @@ impl Signals {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            replaced: signal(SignalKind::user_defined2())?,
             rotated: signal(SignalKind::user_defined1())?,
             log,
         })
@@ -42,6 +46,7 @@ impl Signals {
             let signal = tokio::select! {
                 _ = self.terminate.recv() => return Signal::Stop("SIGTERM"),
                 _ = self.interrupt.recv() => return Signal::Stop("SIGINT"),
+                _ = self.replaced.recv() => return Signal::HandOver("SIGUSR2"),
                 _ = self.hangup.recv() => Some(Signal::Reload),
                 _ = self.rotated.recv() => None,
             };
@@ -61,13 +66,15 @@ mod tests {
     use nix::sys::signal::{Signal as Raw, raise};
 
     #[test]
-    fn a_hangup_asks_for_a_reload() {
+    fn signals_are_told_apart() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async {
             let mut signals = Signals::new(None).expect("signals");
             raise(Raw::SIGUSR1).expect("raise, which does not end the process");
             raise(Raw::SIGHUP).expect("raise");
             assert_eq!(signals.next().await, Signal::Reload);
+            raise(Raw::SIGUSR2).expect("raise, which does not end the process");
+            assert_eq!(signals.next().await, Signal::HandOver("SIGUSR2"));
         });
     }
 }

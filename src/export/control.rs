@@ -1,6 +1,7 @@
 //! Requests to the control thread, which alone reads and applies the configuration: from the frontends' workers and
 //! from the control API. Carried out by the daemon.
 
+use crate::image::resize::NewSize;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
@@ -31,6 +32,13 @@ pub enum Request {
         /// Gets the directory; `None`: none is configured.
         done: oneshot::Sender<Option<PathBuf>>,
     },
+    /// An export's block device and its disk are to have another size.
+    Resize {
+        /// The export.
+        name: String,
+        /// How, and who waits for it.
+        resize: Resize,
+    },
     /// A client asks for an export that is not there: look whether the configuration has it by now.
     Missing {
         /// The export.
@@ -38,6 +46,22 @@ pub enum Request {
         /// Told when it was looked for.
         done: oneshot::Sender<()>,
     },
+}
+
+/// Another size of a disk that is a block device.
+#[derive(Debug)]
+pub struct Resize {
+    /// The size; `None`: the one that its file or block device has by now.
+    pub size: Option<NewSize>,
+    /// Gets the new size in bytes, or why it is still the old one.
+    pub done: oneshot::Sender<Result<u64, String>>,
+}
+
+impl Resize {
+    /// Tells who asked.
+    pub fn answer(self, result: Result<u64, String>) {
+        let _ = self.done.send(result); // who asked may have gone
+    }
 }
 
 /// What came of one file.
@@ -96,6 +120,13 @@ impl Handle {
         let (done, applied) = oneshot::channel();
         self.0.send(Request::File { file, done }).await.ok()?;
         applied.await.ok()
+    }
+
+    /// Has an export's block device get another size. `None`: the daemon is stopping.
+    pub async fn resize(&self, name: String, size: Option<NewSize>) -> Option<Result<u64, String>> {
+        let (done, answer) = oneshot::channel();
+        self.0.send(Request::Resize { name, resize: Resize { size, done } }).await.ok()?;
+        answer.await.ok()
     }
 
     /// `includedir`, as configured now.

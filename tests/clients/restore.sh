@@ -243,7 +243,7 @@ start
 is_empty "$state" || fail "the daemon has left it"
 stop
 exec 8<&-
-rm -r "$dir/conf.d"
+rm "$dir"/conf.d/*
 nothing_is_left
 
 say "what cannot be"
@@ -274,9 +274,9 @@ sfdisk=$(command -v sfdisk)
 mv "$sfdisk" "$dir/hidden"
 refuses "sfdisk is needed and not installed; on Debian it is in the package fdisk" restore mount "$dir/table.raw"
 mv "$dir/hidden" "$sfdisk"
-# a broken file system
+# a broken file system: no group descriptors, with blocks of any size
 cp "$dir/clean.qcow2" "$dir/broken.qcow2"
-qemu-io -f qcow2 -c "write -P 0 4k 4k" "$dir/broken.qcow2" >/dev/null
+qemu-io -f qcow2 -c "write -P 0 2k 6k" "$dir/broken.qcow2" >/dev/null
 refuses "the kernel does not mount the disk (ext4)" restore mount "$dir/broken.qcow2"
 qemu-nbd -f qcow2 -k "$dir/nbd" -t "$dir/clean.qcow2" &
 writer=$!

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run by tests/ublk.rs as root in a guest: a daemon that is killed while its block devices are in use, and the next one,
-# which goes on with them.
+# Run by tests/ublk.rs as root in a guest: a daemon that is killed, or gives its devices to the next one, while they are in
+# use, and the next one, which goes on with them; devices that get another size meanwhile.
 # usage: ublk_recovery.sh COWGATE ROUNDS
 set -euo pipefail
 cowgate=$1 rounds=$2
@@ -12,6 +12,10 @@ left=/run/cowgate/devices
 die() {
     kill -9 "$pid"
     wait "$pid" 2>/dev/null || true
+}
+hands_over() {
+    kill -USR2 "$pid"
+    wait "$pid" || fail "the daemon ended with status $?"
 }
 appears() { # export
     until_true "the device of $1" test -b "$names/$1"
@@ -68,15 +72,56 @@ verify "$bare" 96M bare & loads=($!)
 verify "$raw" 24M raw & loads+=($!)
 copy & loads+=($!)
 
+loads_go_on() { # after what
+    local load
+    for load in "${loads[@]}"; do
+        kill -0 "$load" 2>/dev/null || { cat "$dir"/fio-*; fail "a load has ended: $1"; }
+    done
+}
 for round in $(seq "$rounds"); do
     [ -z "${COWGATE_DEBUG:-}" ] || say "round $round"
     sleep "0.$((RANDOM % 8 + 1))"
-    die
+    if [ $((round % 3)) -eq 0 ]; then hands_over; else die; fi
     start
-    for load in "${loads[@]}"; do
-        kill -0 "$load" 2>/dev/null || { cat "$dir"/fio-*; fail "a load has ended in round $round"; }
-    done
+    loads_go_on "round $round"
 done
+
+say "another size"
+bytes() { blockdev --getsize64 "$1"; }
+resize() { "$cowgate" export resize --control "$dir/control" "$@"; }
+refuses() { # words, export, size
+    local words=$1 size
+    shift
+    size=$(bytes "$names/$1")
+    resize "$@" >"$dir/refused" 2>&1 && fail "it is not refused: resize $*"
+    grep -q "$words" "$dir/refused" || fail "it does not say \"$words\" but: $(cat "$dir/refused")"
+    equal "the size of $1" "$(bytes "$names/$1")" "$size"
+}
+if "$cowgate" ublk list | grep '^driver:' | grep -qw QUIESCE; then
+    resize files 300M | grep -q '300 MiB' || fail "it does not say the new size"
+    equal "the size of files" "$(bytes "$files")" $((300 << 20))
+    resize2fs "$files" >"$dir/resize2fs" 2>&1 || { cat "$dir/resize2fs"; fail "resize2fs"; }
+    resize files +4M >/dev/null
+    equal "the size of files" "$(bytes "$files")" $((304 << 20))
+    truncate -s 80M "$dir/raw.raw"
+    resize raw >/dev/null
+    equal "the size of raw" "$(bytes "$raw")" $((80 << 20))
+    refuses "smaller" files 100M
+    loads_go_on "a refused size"
+    qemu-io -r -f raw "nbd+unix:///bare?socket=$dir/sock" -c "sleep 100000" >/dev/null &
+    client=$!
+    has_three() { [ "$("$cowgate" export list --control "$dir/control" | awk '$1 == "bare" { print $5 }')" -eq 3 ]; }
+    until_true "the client" has_three
+    refuses "other clients" bare 300M
+    kill "$client"
+else
+    refuses "held still" files 300M
+fi
+resize nothing 300M 2>"$dir/refused" && fail "it finds what is not there"
+grep -q "no export" "$dir/refused" || fail "it says $(cat "$dir/refused")"
+loads_go_on "another size"
+die
+start
 touch "$dir/enough"
 for load in "${loads[@]}"; do
     wait "$load" || { cat "$dir"/fio-*; fail "a load has failed"; }

@@ -6,11 +6,12 @@ use super::change;
 use super::job;
 use super::wire::{
     AddExport, Added, BeginBackup, EndParams, Ending, ExportList, ExportView, Health, ListParams, Probed, Problem,
-    ReloadRequest, RemoveParams, Removed, Resumed,
+    ReloadRequest, RemoveParams, Removed, ResizeExport, ResizedExport, Resumed,
 };
 use crate::export::control::Outcome;
 use crate::export::problem::printable;
 use crate::export::status::{self, ExportStatus, rfc3339};
+use crate::image::resize::NewSize;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -51,6 +52,7 @@ fn described() -> OpenApiRouter<Arc<State>> {
         .routes(routes!(list, add))
         .routes(routes!(show, remove))
         .routes(routes!(probe))
+        .routes(routes!(resize))
         .routes(routes!(begin_backup))
         .routes(routes!(end_backup))
         .routes(routes!(resume_backup))
@@ -196,6 +198,38 @@ async fn probe(axum::extract::State(state): Shared, name: Name) -> Answer<Probed
     look_for(&state, &name).await;
     let export = state.registry.get(&name).ok_or_else(|| not_there(&name))?;
     Ok((StatusCode::OK, Json(change::probe(&state, export).await?)))
+}
+
+/// Gives an export's block device another size
+///
+/// Its disk is resized before if a size is given. Who uses the device waits meanwhile.
+#[utoipa::path(
+    post, path = "/v1/exports/{name}/resize", tag = "exports", request_body = Option<ResizeExport>,
+    params(("name" = String, Path, description = "The export's name, percent-encoded")),
+    responses(
+        (status = 200, body = ResizedExport),
+        (status = 400, description = "The request is not understood", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such export", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "It cannot be resized now", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The daemon is stopping", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+async fn resize(axum::extract::State(state): Shared, name: Name, body: Bytes) -> Answer<ResizedExport> {
+    let name = named(name)?;
+    let wanted = if body.is_empty() { ResizeExport::default() } else { json(&body)? };
+    let size = match (wanted.size_bytes, wanted.more_bytes) {
+        (None, None) => None,
+        (Some(size), None) => Some(NewSize::Exactly(size)),
+        (None, Some(more)) => Some(NewSize::More(more)),
+        (Some(_), Some(_)) => return Err(problem(StatusCode::BAD_REQUEST, "give size_bytes or more_bytes, not both")),
+    };
+    state.registry.get(&name).ok_or_else(|| not_there(&name))?;
+    let resized = state.control.resize(name.clone(), size).await.ok_or_else(stopping)?;
+    let size_bytes = resized.map_err(|why| {
+        let name = printable(name.as_bytes());
+        problem(StatusCode::CONFLICT, format!("export {name:?} cannot be resized: {why}"))
+    })?;
+    Ok((StatusCode::OK, Json(ResizedExport { name, size_bytes })))
 }
 
 /// Begins a backup job

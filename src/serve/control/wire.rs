@@ -226,6 +226,27 @@ pub struct ListParams {
     pub details: bool,
 }
 
+/// Which size an export's block device and its disk are to have. Neither field: the one that its file or volume has by now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResizeExport {
+    /// So many bytes, and not fewer than now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// So many bytes more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub more_bytes: Option<u64>,
+}
+
+/// The size that an export's block device has now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ResizedExport {
+    /// The export.
+    pub name: String,
+    /// Size of the device in bytes.
+    pub size_bytes: u64,
+}
+
 /// Whether a client could connect now: the image was opened, locked as a client would have it, and closed again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Probed {

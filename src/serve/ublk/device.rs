@@ -1,19 +1,23 @@
 //! The life of one device, on a thread of its own: made, started, stopped when nobody has it open, deleted.
 //!
 //! The queues open the image before the driver hears of the device, and let it go when the driver has deleted it, so a
-//! device never answers without its image, and an image's lock is given back when nothing can be read any more.
+//! device never answers without its image, and an image's lock is given back when nothing can be read any more. A device
+//! that outlives its daemon may be let go between: the driver holds it still (UBLK_F_QUIESCE), its users wait, and the next
+//! daemon goes on with it, or this one does when the image has another size.
 
 use super::driver::{self, Link, NoDriver, Unused};
 use super::params::{MAX_REQUEST, SECTOR, params};
 use super::queue;
-use super::record::{self, Held, Record};
+use super::record::{self, Kept, Record};
 use crate::block::{BlockDev, Geometry};
+use crate::export::control::Resize;
 use crate::export::device_keys::{DEFAULT_DEPTH, DeviceKeys, MAX_DEFAULT_QUEUES};
 use crate::export::service::Export;
+use crate::image::resize::{NewSize, resize};
 use crate::ring::{self, Peer};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
-use libublk::{UblkError, UblkFlags};
+use libublk::{UblkError, UblkFlags, sys};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::pin::pin;
@@ -26,6 +30,11 @@ use tracing::{info, warn};
 
 /// How often a device that is to be stopped is looked at while somebody has it open.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long the driver may take to hold a device still when the daemon ends, in milliseconds.
+const HOLD_MS: u64 = 5000;
+/// It may take as long as it likes.
+const FOREVER: u64 = 0;
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +49,6 @@ pub(super) enum Error {
     Size,
     #[error("/dev/ublkb{0} exists already: choose another ublkid, or remove the key")]
     Taken(u32),
-    #[error("its disk had {before} bytes when the former daemon ended, and has {now} now")]
-    Resized { before: u64, now: u64 },
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     #[error("the driver refuses to {what}: {source}")]
@@ -50,12 +57,18 @@ pub(super) enum Error {
     Ended,
     #[error("it was told to go before it was there")]
     Stopped,
+    #[error("it was told to wait for the next daemon before it was there")]
+    HandedOver,
 }
 
 /// What a device's thread is told, by whom it belongs to and by its queues.
 pub(super) enum Event {
     /// The device is to go: at once with `force`, else when nobody has it open any more.
     Stop { force: bool },
+    /// The device is to wait for the next daemon. One that cannot is to go.
+    HandOver,
+    /// The disk is to have another size.
+    Resize(Resize),
     /// A queue has opened the image, or has not.
     Attached(Result<Attached, String>),
     /// A queue may be used. Its number and its thread.
@@ -74,8 +87,18 @@ pub(super) struct Shape {
 /// What the first queue has found, and has seen to.
 pub(super) struct Attached {
     shape: Shape,
-    /// The images, if what happens to them outlives the daemon.
-    held: Option<Vec<Held>>,
+    /// The images and their journals, if what happens to them outlives the daemon.
+    kept: Option<Kept>,
+}
+
+/// How the service of a device has ended.
+enum End {
+    /// It is deleted.
+    Gone,
+    /// The driver holds it still, and the image is closed.
+    Held(u32, Resize),
+    /// It waits for the next daemon.
+    Left,
 }
 
 /// Whether a device outlives the daemon that serves it.
@@ -96,17 +119,48 @@ pub(super) fn run(
     former: Option<u32>,
     orders: &Sender<Event>,
     events: &Receiver<Event>,
-    started: impl FnOnce(u32),
+    mut started: impl FnMut(u32),
 ) -> Result<(), Error> {
     let mut left = former;
-    let ended = serve_device(export, keys, lasting, &mut left, orders, events, started);
+    let mut asked: Option<(Resize, Result<(), String>)> = None;
+    let ended = loop {
+        let started = |id| {
+            started(id);
+            if let Some((resize, done)) = asked.take() {
+                let size = driver::size(id).ok_or_else(|| format!("{} has no size", driver::node(id).display()));
+                resize.answer(done.and(size));
+            }
+        };
+        match serve_device(export, keys, lasting, &mut left, orders, events, started) {
+            Ok(End::Gone | End::Left) => break Ok(()),
+            Ok(End::Held(id, wanted)) => {
+                let done = wanted.size.map_or(Ok(()), |size| resize_image(export, size));
+                asked = Some((wanted, done));
+                left = Some(id);
+            }
+            Err(Error::HandedOver) => {
+                left = None;
+                break Ok(());
+            }
+            Err(e) => break Err(e),
+        }
+    };
+    if let (Some((resize, _)), Err(e)) = (asked, &ended) {
+        resize.answer(Err(e.to_string()));
+    }
     if let Some(id) = left {
         driver::discard(id);
     }
     ended
 }
 
-/// As [`run`]; takes `former` when it is this one's to delete.
+fn resize_image(export: &Export, size: NewSize) -> Result<(), String> {
+    let config = export.config();
+    let silent = |_, _| {};
+    resize(&config.path, config.format, size, false, &silent).map(drop).map_err(|e| e.to_string())
+}
+
+/// As [`run`], once; takes `former` when it is this one's to delete.
 fn serve_device(
     export: &Arc<Export>,
     keys: &DeviceKeys,
@@ -115,7 +169,7 @@ fn serve_device(
     orders: &Sender<Event>,
     events: &Receiver<Event>,
     started: impl FnOnce(u32),
-) -> Result<(), Error> {
+) -> Result<End, Error> {
     let features = driver::features()?;
     let refused = |what| move |source| Error::Driver { what, source };
     let known = former.map(|id| UblkCtrl::new_simple(id as i32)).transpose().map_err(refused("find the device"))?;
@@ -125,14 +179,10 @@ fn serve_device(
         return Err(Error::Taken(id));
     }
     let mut queues = Queues::start(export, count, lasting, orders)?;
-    let Attached { shape, held } = queues.attached(events)?;
+    let shape = queues.attached(events)?;
     let builder = UblkCtrlBuilder::default().name("cowgate").nr_queues(count);
     let control = match known {
         Some((info, former)) => {
-            let sectors = shape.geometry.size / SECTOR * SECTOR;
-            if let Some(before) = driver::size(info.dev_id).filter(|before| *before != sectors) {
-                return Err(Error::Resized { before, now: sectors });
-            }
             former.start_user_recover().map_err(refused("begin again with the device"))?;
             builder.id(info.dev_id as i32).depth(info.queue_depth).dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
         }
@@ -140,19 +190,23 @@ fn serve_device(
             .id(keys.id.map_or(-1, |id| id as i32)) // below 2^20
             .depth(keys.depth.unwrap_or(DEFAULT_DEPTH))
             .io_buf_bytes(MAX_REQUEST)
-            .ctrl_flags(driver::flags(features, keys.zero_copy, held.is_some()))
+            .ctrl_flags(driver::flags(features, keys.zero_copy, queues.kept.is_some()))
             .ctrl_target_flags(driver::OURS)
             .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV),
     };
     let control = control.build().map_err(refused("make the device"))?;
     let id = control.dev_info().dev_id;
-    if let (Some(images), Lasting::Yes(config)) = (held, lasting) {
-        let config_of = export.config();
-        let record =
-            Record { config: config.clone(), export: config_of.name.clone(), path: config_of.path.clone(), images };
-        if let Err(e) = record.write(id) {
-            record::warn_of(&config_of.name, &e);
+    match (&queues.kept, lasting) {
+        (Some(kept), Lasting::Yes(config)) => {
+            let (config, export) = (config.clone(), export.config());
+            let record =
+                Record { config, export: export.name.clone(), path: export.path.clone(), images: kept.held.clone() };
+            if let Err(e) = record.write(id) {
+                record::warn_of(&export.name, &e);
+            }
         }
+        // what is left of a former daemon's is not true any more
+        _ => record::forget(id),
     }
     let rotational = export.config().rotational;
     let set = |device: &mut UblkDev| {
@@ -174,8 +228,38 @@ fn serve_device(
     }
     let again = if former.take().is_some() { "again " } else { "" };
     info!("export {name:?}: is {again}{}, {count} queues", driver::node(id).display());
+    fit(name, &control, features, shape.geometry.size / SECTOR * SECTOR);
     started(id);
-    let claim = until_stopped(id, events);
+    let holds = control.dev_info().flags & u64::from(sys::UBLK_F_QUIESCE) != 0;
+    let claim = match until_stopped(id, queues.kept.is_some(), holds, events) {
+        Next::Stop(claim) => claim,
+        Next::HandOver => {
+            std::mem::forget(link); // its users find it all the while
+            control.disown();
+            match holds.then(|| control.quiesce_dev(HOLD_MS)) {
+                Some(Ok(_)) => queues.join(),
+                // As after a crash: what is under way is asked for again, and the journals say the rest. The threads
+                // end with the process.
+                _ => std::mem::forget(queues),
+            }
+            info!("export {name:?}: {} waits for the next daemon", driver::node(id).display());
+            return Ok(End::Left);
+        }
+        Next::Resize(wanted) => match control.quiesce_dev(FOREVER) {
+            Ok(_) => {
+                std::mem::forget(link);
+                control.disown();
+                queues.join();
+                pass_over(orders, events);
+                return Ok(End::Held(id, wanted));
+            }
+            Err(e) => {
+                // it takes no requests any more
+                wanted.answer(Err(format!("{} cannot be held still and goes: {e}", driver::node(id).display())));
+                None
+            }
+        },
+    };
     if let Err(e) = control.kill_dev() {
         warn!("{}: {e}", driver::node(id).display());
     }
@@ -187,7 +271,29 @@ fn serve_device(
     }
     record::forget(id);
     info!("export {name:?}: {} is deleted", driver::node(id).display());
-    Ok(())
+    Ok(End::Gone)
+}
+
+/// Has a device that is gone on with get the size in bytes that its disk has by now.
+fn fit(export: &str, control: &UblkCtrl, features: u64, now: u64) {
+    let id = control.dev_info().dev_id;
+    let Some(before) = driver::size(id).filter(|before| *before != now) else { return };
+    let node = driver::node(id);
+    let node = node.display();
+    if now < before {
+        return warn!(
+            "export {export:?}: {node} has {before} bytes and its disk {now}: what is behind them cannot be read"
+        );
+    }
+    if features & u64::from(sys::UBLK_F_UPDATE_SIZE) == 0 {
+        return warn!(
+            "export {export:?}: {node} keeps its {before} bytes: the driver cannot change that before Linux 6.16"
+        );
+    }
+    match control.update_size(now) {
+        Ok(_) => info!("export {export:?}: {node} has {now} bytes now, and had {before}"),
+        Err(e) => warn!("export {export:?}: {node} keeps its {before} bytes: {e}"),
+    }
 }
 
 fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {
@@ -199,26 +305,70 @@ fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {
     }
 }
 
-/// Waits until the device may go. What is returned keeps others from opening it meanwhile.
-fn until_stopped(id: u32, events: &Receiver<Event>) -> Option<Unused> {
+/// What is to become of a device.
+enum Next {
+    /// It goes. What is in here keeps others from opening it meanwhile.
+    Stop(Option<Unused>),
+    /// It waits for the next daemon.
+    HandOver,
+    /// It waits until its disk has another size.
+    Resize(Resize),
+}
+
+/// Waits until something is to become of the device. `lasts`: it can wait for the next daemon; `holds`: the driver can hold
+/// it still.
+fn until_stopped(id: u32, lasts: bool, holds: bool, events: &Receiver<Event>) -> Next {
     let mut wanted = false;
     loop {
         let event = match wanted {
             false => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
             true => match Unused::claim(id) {
                 Ok(None) => events.recv_timeout(LOOK),
-                Ok(claim) => return claim,
+                Ok(claim) => return Next::Stop(claim),
                 // there is nothing that somebody could have open
-                Err(_) => return None,
+                Err(_) => return Next::Stop(None),
             },
         };
         match event {
-            Ok(Event::Stop { force: false }) => wanted = true,
+            Ok(Event::HandOver) if lasts => return Next::HandOver,
+            Ok(Event::Resize(resize)) if wanted => resize.answer(Err("the device is being deleted".to_owned())),
+            Ok(Event::Resize(resize)) if holds => return Next::Resize(resize),
+            Ok(Event::Resize(resize)) => resize.answer(Err(NO_HOLD.to_owned())),
+            Ok(Event::Stop { force: false } | Event::HandOver) => wanted = true,
             Err(RecvTimeoutError::Timeout) => {}
             // a queue has ended: somebody else has deleted the device, or it has failed
-            Ok(Event::Stop { force: true } | Event::Ended(_)) | Err(RecvTimeoutError::Disconnected) => return None,
+            Ok(Event::Stop { force: true } | Event::Ended(_)) | Err(RecvTimeoutError::Disconnected) => {
+                return Next::Stop(None);
+            }
             Ok(Event::Attached(_) | Event::Made(..)) => {}
         }
+    }
+}
+
+/// Why a device cannot be resized now.
+const BUSY: &str = "the device is being made; try again";
+/// Why a device cannot be resized.
+const NO_HOLD: &str = "the device cannot be held still meanwhile, which takes Linux 6.16 and an image whose changes outlive \
+                       the daemon; unmount it, remove the export, and use cowgate image resize";
+
+/// What comes next while a device is being made. Errors: it will not be.
+fn heard(events: &Receiver<Event>) -> Result<Event, Error> {
+    loop {
+        match events.recv().map_err(|_| Error::Ended)? {
+            Event::Stop { .. } => return Err(Error::Stopped),
+            Event::HandOver => return Err(Error::HandedOver),
+            Event::Ended(Err(why)) => return Err(Error::Image(why)),
+            Event::Resize(resize) => resize.answer(Err(BUSY.to_owned())),
+            event => return Ok(event),
+        }
+    }
+}
+
+/// Forgets what the queues have said that have ended. Orders stay.
+fn pass_over(orders: &Sender<Event>, events: &Receiver<Event>) {
+    let heard: Vec<_> = events.try_iter().collect();
+    for event in heard.into_iter().filter(|event| matches!(event, Event::Stop { .. } | Event::HandOver)) {
+        let _ = orders.send(event); // `events` is its other end
     }
 }
 
@@ -227,11 +377,13 @@ struct Queues {
     threads: Vec<JoinHandle<()>>,
     /// Where each waits for the device. Dropped: there will be none.
     go: Vec<oneshot::Sender<Arc<UblkDev>>>,
+    /// Let go of when the threads have ended, and all is flushed.
+    kept: Option<Kept>,
 }
 
 impl Queues {
     fn start(export: &Arc<Export>, count: u16, lasting: &Lasting, events: &Sender<Event>) -> Result<Queues, Error> {
-        let mut queues = Queues { threads: Vec::new(), go: Vec::new() };
+        let mut queues = Queues { threads: Vec::new(), go: Vec::new(), kept: None };
         for id in 0..count {
             let (go, device) = oneshot::channel();
             let (export, events) = (Arc::clone(export), events.clone());
@@ -249,21 +401,19 @@ impl Queues {
     }
 
     /// Waits until every queue has the image open.
-    fn attached(&self, events: &Receiver<Event>) -> Result<Attached, Error> {
-        let (mut shape, mut held) = (None, None);
+    fn attached(&mut self, events: &Receiver<Event>) -> Result<Shape, Error> {
+        let mut shape = None;
         for _ in &self.threads {
-            match events.recv() {
-                Ok(Event::Attached(Ok(found))) => {
+            match heard(events)? {
+                Event::Attached(Ok(found)) => {
                     shape = Some(found.shape);
-                    held = held.or(found.held);
+                    self.kept = self.kept.take().or(found.kept);
                 }
-                Ok(Event::Attached(Err(why)) | Event::Ended(Err(why))) => return Err(Error::Image(why)),
-                Ok(Event::Stop { .. }) => return Err(Error::Stopped),
-                Ok(Event::Ended(Ok(())) | Event::Made(..)) | Err(_) => return Err(Error::Ended),
+                Event::Attached(Err(why)) => return Err(Error::Image(why)),
+                _ => return Err(Error::Ended),
             }
         }
-        let shape = shape.filter(|shape| shape.geometry.size >= SECTOR).ok_or(Error::Size)?;
-        Ok(Attached { shape, held })
+        shape.filter(|shape| shape.geometry.size >= SECTOR).ok_or(Error::Size)
     }
 
     /// Gives each queue the device, and waits until all may be used.
@@ -272,12 +422,10 @@ impl Queues {
             let _ = go.send(Arc::clone(device)); // a thread that has ended says so below
         }
         for _ in &self.threads {
-            match events.recv() {
+            match heard(events)? {
                 // libublk's own record of the device is left out: it would go into a directory that everybody may write
-                Ok(Event::Made(queue, thread)) => control.set_thread_affinity(queue, thread),
-                Ok(Event::Stop { .. }) => return Err(Error::Stopped),
-                Ok(Event::Ended(Err(why))) => return Err(Error::Image(why)),
-                Ok(Event::Ended(Ok(())) | Event::Attached(_)) | Err(_) => return Err(Error::Ended),
+                Event::Made(queue, thread) => control.set_thread_affinity(queue, thread),
+                _ => return Err(Error::Ended),
             }
         }
         Ok(())
@@ -326,7 +474,7 @@ async fn serve(
         true => record::keep(client.device()).await.inspect_err(|e| record::warn_of(&export.config().name, e)).ok(),
         false => None,
     };
-    tell(Event::Attached(Ok(Attached { shape, held: kept.as_ref().map(|kept| kept.held.clone()) })));
+    tell(Event::Attached(Ok(Attached { shape, kept })));
     let served = match device.await {
         Ok(device) => {
             let made = || tell(Event::Made(id, UblkCtrl::init_queue_thread()));
@@ -344,6 +492,5 @@ async fn serve(
         Err(_) => Ok(()),
     };
     client.detach().await.run().await;
-    drop(kept); // not before all is flushed
     served
 }

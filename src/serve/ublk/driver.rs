@@ -64,11 +64,14 @@ pub(super) fn flags(features: u64, zero_copy: bool, lasting: bool) -> u64 {
     let moved = if zero_copy { features & u64::from(sys::UBLK_F_AUTO_BUF_REG) } else { 0 };
     let recovery = match lasting {
         // what was under way when the daemon died is asked for again: doing it twice does no harm
-        true => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
+        true => {
+            u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE)
+                | features & u64::from(sys::UBLK_F_QUIESCE | sys::UBLK_F_UPDATE_SIZE)
+        }
         false => 0,
     };
     // always: what cannot be moved without a copy gets copied
-    u64::from(sys::UBLK_F_USER_COPY | recovery) | moved
+    u64::from(sys::UBLK_F_USER_COPY) | recovery | moved
 }
 
 /// Features of the driver that concern what this program does or may do, by their names in `ublk_cmd.h` without UBLK_F.
@@ -400,6 +403,8 @@ mod tests {
         let all = copy | auto | again | u64::from(sys::UBLK_F_BATCH_IO);
         assert_eq!((flags(all, true, false), flags(all, false, false)), (copy | auto, copy));
         assert_eq!((flags(all, true, true), flags(copy | again, true, true)), (copy | auto | again, copy | again));
+        let hold = u64::from(sys::UBLK_F_QUIESCE);
+        assert_eq!((flags(all | hold, false, false), flags(all | hold, false, true)), (copy, copy | again | hold));
         assert_eq!(
             (Data::of(copy | auto), Data::of(copy), Data::of(0)),
             (Data::ZeroCopy, Data::UserCopy, Data::Buffers)

@@ -21,9 +21,12 @@ mod record;
 pub mod single;
 mod stack;
 
+use crate::export::control::Resize;
 use crate::export::device_keys::DeviceKeys;
 use crate::export::registry::{Entry, Registry};
 use crate::export::service::Export;
+use crate::image::resize::NewSize;
+use crate::ring::Peer;
 use device::{Event, Lasting};
 use record::Record;
 use std::collections::BTreeMap;
@@ -91,14 +94,45 @@ impl Devices {
         self.shared.follow();
     }
 
-    /// Has all devices go, and waits for that. `force`: also those that somebody has open, after `patience`.
+    /// Has an export's device get the size of its disk, which is resized before if that is asked for. Its users wait
+    /// meanwhile.
+    pub fn resize(&self, name: &str, resize: Resize) {
+        let table = self.shared.table();
+        let device = table.devices.get(name).filter(|device| !device.leaving);
+        let Some((device, id)) = device.and_then(|device| Some((device, device.id?))) else {
+            let why =
+                "the export is no block device now: an image that nobody uses is resized with cowgate image resize";
+            return resize.answer(Err(why.to_owned()));
+        };
+        if let (Some(NewSize::Exactly(size)), Some(now)) = (resize.size, driver::size(id))
+            && size < now
+        {
+            let why = format!("it has {now} bytes, and does not become smaller while it is a device");
+            return resize.answer(Err(why));
+        }
+        let connections = device.export.connections();
+        let others = connections.iter().filter(|other| !matches!(other.peer, Peer::Queue(_))).count();
+        if others > 0 {
+            return resize.answer(Err(format!("{others} other clients use the export; disconnect them first")));
+        }
+        if device.export.config().client.multi_file {
+            return resize.answer(Err("a disk of several files has the sizes of these".to_owned()));
+        }
+        let _ = device.events.send(Event::Resize(resize)); // dropped by one that ends: then who asked hears so
+    }
+
+    /// Has all devices go, and waits for that; those that somebody has open go after `patience`. `hand_over`: those that
+    /// can do so wait for the next daemon instead.
     ///
     /// Blocks: not for an async thread.
-    pub fn stop(&self, patience: Duration) {
+    pub fn stop(&self, patience: Duration, hand_over: bool) {
         let mut table = self.shared.table();
         table.stopping = true;
         for device in table.devices.values_mut() {
-            device.leave(false);
+            match hand_over && !device.leaving {
+                true => drop(device.events.send(Event::HandOver)), // it may have gone by itself
+                false => device.leave(false),
+            }
         }
         let deadline = Instant::now() + patience;
         while !table.devices.is_empty() {

@@ -12,7 +12,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tracing::warn;
 
 /// Where records and journals are.
@@ -81,8 +81,11 @@ impl Record {
     }
 
     fn forget_journals(&self) {
+        let in_use: Vec<PathBuf> = there_are().iter().filter_map(Weak::upgrade).map(|j| j.path.clone()).collect();
         for journal in self.images.iter().filter_map(|held| held.journal.as_ref()) {
-            let _ = fs::remove_file(journal); // it may never have been made
+            if !in_use.contains(journal) {
+                let _ = fs::remove_file(journal); // it may never have been made
+            }
         }
     }
 }
@@ -90,11 +93,15 @@ impl Record {
 impl Held {
     fn noted(&self) -> Result<Patched, image::Error> {
         let Some(journal) = &self.journal else { return Ok(Patched::default()) };
-        let memory = fs::read(journal).map_err(|source| image::Error::Io {
-            path: journal.clone(),
-            action: "read what a former daemon has noted in",
-            source,
-        })?;
+        let memory = match fs::read(journal) {
+            // it goes when all that it has noted is in the image
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Patched::default()),
+            read => read.map_err(|source| image::Error::Io {
+                path: journal.clone(),
+                action: "read what a former daemon has noted in",
+                source,
+            })?,
+        };
         let broken = || image::Error::Broken { path: journal.clone(), why: "it is no journal".to_owned() };
         journal::read(&memory).and_then(Patched::new).ok_or_else(broken)
     }
@@ -155,12 +162,16 @@ pub(super) struct Journal {
 /// Those there are: two devices may write one image.
 static JOURNALS: Mutex<Vec<Weak<Journal>>> = Mutex::new(Vec::new());
 
+fn there_are() -> MutexGuard<'static, Vec<Weak<Journal>>> {
+    JOURNALS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Journal {
     async fn keep(disk: &image::Disk) -> io::Result<Arc<Journal>> {
         let image = disk.image();
         let same = |journal: &Arc<Journal>| Arc::ptr_eq(&journal.image, image);
         let journal = {
-            let mut journals = JOURNALS.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut journals = there_are();
             journals.retain(|journal| journal.strong_count() > 0);
             if let Some(there) = journals.iter().filter_map(Weak::upgrade).find(same) {
                 return Ok(there);
