@@ -19,6 +19,7 @@ mod real;
 pub mod runtime;
 pub mod socket;
 pub mod tls;
+mod turn;
 pub mod unix_listener;
 pub mod worker;
 
@@ -26,4 +27,5 @@ pub use exclusive::Exclusive;
 pub use file::File;
 pub use runtime::{run, spawn, yield_now};
 pub use socket::{Peer, StdStream, Stream};
+pub use turn::Turn;
 pub use worker::{Job, Load, Workers};

@@ -3,17 +3,15 @@
 //! Workers ([`super::worker`]) keep one for their life; tools and tests use [`run`]. Both leave only through
 //! `Runtime::block_on`, which waits until the kernel has given back every buffer lent to it.
 
+use super::turn::Turn;
 use futures_util::FutureExt;
-use futures_util::task::AtomicWaker;
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll};
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
@@ -99,13 +97,13 @@ impl Runtime {
 /// goes to sleep, which submits everything, and the no-op's completion wakes it on the spot.
 struct Turns<F> {
     tasks: Pin<Box<F>>,
-    waker: Arc<TurnWaker>,
+    turn: Turn,
     nudge: Option<Pin<Box<dyn Future<Output = io::Result<()>>>>>,
 }
 
 impl<F: Future> Turns<F> {
     fn new(tasks: F) -> Self {
-        Turns { tasks: Box::pin(tasks), waker: Arc::default(), nudge: None }
+        Turns { tasks: Box::pin(tasks), turn: Turn::default(), nudge: None }
     }
 }
 
@@ -119,12 +117,8 @@ impl<F: Future> Future for Turns<F> {
         {
             this.nudge = None;
         }
-        this.waker.thread.register(cx.waker());
-        this.waker.state.store(IN_TURN, SeqCst);
-        let waker = Waker::from(Arc::clone(&this.waker));
-        let outcome = this.tasks.as_mut().poll(&mut Context::from_waker(&waker));
-        let more = this.waker.state.swap(BETWEEN_TURNS, SeqCst) == WANTS_ANOTHER;
-        if more && outcome.is_pending() && this.nudge.is_none() {
+        let outcome = this.tasks.as_mut().poll(&mut this.turn.begin(cx));
+        if this.turn.end() && outcome.is_pending() && this.nudge.is_none() {
             let mut nudge = Box::pin(tokio_uring::no_op());
             match nudge.as_mut().poll(cx) {
                 Poll::Pending => this.nudge = Some(nudge),
@@ -132,30 +126,6 @@ impl<F: Future> Future for Turns<F> {
             }
         }
         outcome
-    }
-}
-
-const BETWEEN_TURNS: u8 = 0;
-const IN_TURN: u8 = 1;
-const WANTS_ANOTHER: u8 = 2;
-
-/// Wakes the thread between turns; within one it only notes that another is wanted. Used from any thread.
-#[derive(Default)]
-struct TurnWaker {
-    state: AtomicU8,
-    thread: AtomicWaker,
-}
-
-impl Wake for TurnWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        let noted = self.state.compare_exchange(IN_TURN, WANTS_ANOTHER, SeqCst, SeqCst);
-        if noted == Err(BETWEEN_TURNS) {
-            self.thread.wake();
-        }
     }
 }
 

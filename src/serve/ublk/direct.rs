@@ -4,13 +4,13 @@
 //! index of its tag, and takes them out when the request is answered. Reads and writes of files on that ring can use
 //! them meanwhile. What comes back short or with an error is nobody's loss: the caller has it done with a buffer.
 
-use super::queue::Pump;
 use crate::block::{Direction, Transfer};
 use crate::image::{Direct, DirectRun};
 use futures_util::future::join_all;
 use io_uring::{opcode, squeue, types};
 use libublk::io::UblkQueue;
 use libublk::{BufDesc, sys};
+use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
@@ -66,19 +66,56 @@ pub(super) enum Moved {
     All,
     /// Some are not.
     NotAll,
-    /// They are not, and this way is not to be tried again: a file cannot do it.
+    /// They are not: a file cannot do it this way.
     Never,
 }
 
+/// How often transfers of one way have been tried of late, and to what avail.
+#[derive(Default)]
+pub(super) struct Trial {
+    /// One after the other.
+    failures: Cell<u32>,
+    /// Transfers that are not to be tried.
+    left_out: Cell<u32>,
+}
+
+/// So many failures one after the other are none of chance.
+const IN_VAIN: u32 = 8;
+/// Transfers until it is tried again.
+const PAUSE: u32 = 1000;
+
+impl Trial {
+    /// Whether the next transfer is to be tried.
+    pub(super) fn is_due(&self) -> bool {
+        let left_out = self.left_out.get();
+        self.left_out.set(left_out.saturating_sub(1));
+        left_out == 0
+    }
+
+    /// What became of one.
+    pub(super) fn tell(&self, moved: Moved) {
+        let failures = match moved {
+            Moved::All => 0,
+            Moved::NotAll => self.failures.get() + 1,
+            Moved::Never => IN_VAIN,
+        };
+        let in_vain = failures >= IN_VAIN;
+        self.failures.set(if in_vain { 0 } else { failures });
+        if in_vain {
+            self.left_out.set(PAUSE);
+        }
+    }
+}
+
 /// Moves all bytes of the request under this tag.
-pub(super) async fn transfer(queue: &UblkQueue<'_>, pump: &Pump<'_>, tag: u16, way: Way, direct: &Direct<'_>) -> Moved {
+pub(super) async fn transfer(queue: &UblkQueue<'_>, tag: u16, way: Way, direct: &Direct<'_>) -> Moved {
     let mut from = 0;
     let entries = direct.runs().iter().map(|run| {
         let entry = entry(run, way, tag, from);
         from += run.host.len();
         (run.host.len(), entry)
     });
-    let moves = entries.map(async |(len, entry)| outcome(pump.submit(queue.ublk_submit_sqe(entry)).await, len));
+    let moves = entries.map(async |(len, entry)| outcome(queue.ublk_submit_sqe(entry).await, len));
     // in the order of the worst
     join_all(moves).await.into_iter().fold(Moved::All, |worst, moved| match (worst, moved) {
         (Moved::Never, _) | (_, Moved::Never) => Moved::Never,
@@ -124,6 +161,24 @@ mod tests {
         assert_eq!(way(Direction::Write, SMALL_WRITE - 512), Way::SmallWrite);
         assert_eq!(way(Direction::Write, SMALL_WRITE), Way::LargeWrite);
         assert_eq!(way(Direction::Read, 512), Way::Read);
+    }
+
+    #[test]
+    fn what_is_tried_in_vain_is_left_out_for_a_while() {
+        let trial = Trial::default();
+        let tries = |count: u32| (0..count).filter(|_| trial.is_due()).count() as u32;
+        for _ in 1..IN_VAIN {
+            trial.tell(Moved::NotAll);
+        }
+        trial.tell(Moved::All);
+        trial.tell(Moved::NotAll);
+        assert_eq!(tries(10), 10, "it works now and then");
+        trial.tell(Moved::Never);
+        assert_eq!((tries(PAUSE), tries(3)), (0, 3));
+        for _ in 0..IN_VAIN {
+            trial.tell(Moved::NotAll);
+        }
+        assert_eq!((tries(PAUSE), tries(3)), (0, 3));
     }
 
     #[test]

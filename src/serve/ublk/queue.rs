@@ -8,7 +8,7 @@
 //!
 //! Promises: every request of the driver gets one answer; a panic while it is carried out is an I/O error of that request.
 
-use super::direct::{self, Moved, Way};
+use super::direct::{self, Moved, Trial, Way};
 use super::params::{Asked, Kind};
 use super::single;
 use crate::block::{BlockDev, Errno, Geometry, Op, Request, Transfer};
@@ -17,6 +17,7 @@ use crate::export::service::Client;
 use crate::export::usage;
 use crate::image::Direct;
 use crate::pagebuf::PageBuf;
+use crate::ring::Turn;
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use io_uring::IoUring;
@@ -25,16 +26,18 @@ use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_
 use libublk::uring_async::ublk_wake_task;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::{pread, pwrite};
-use std::cell::{Cell, RefCell};
-use std::future::Future;
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Notify;
-use tracing::{debug, error};
+use tracing::error;
+
+/// Turns of a queue between two looks at what else its thread has to do.
+const TURNS: usize = 16;
 
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
@@ -48,21 +51,35 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
     let queue = UblkQueue::new(id, device)?;
     let pump = Pump::new(&queue)?;
     made();
-    let session = Session {
-        client,
-        geometry: client.device().geometry(),
-        device,
-        queue: &queue,
-        pump: &pump,
-        copies: Default::default(),
-    };
+    let geometry = client.device().geometry();
+    let session = Session { client, geometry, device, queue: &queue, trials: Default::default() };
     let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&session, tag)).collect();
-    let all = async { while tags.next().await.is_some() {} };
-    tokio::select! {
-        biased;
-        ended = pump.run() => ended,
-        () = all => Ok(()),
-    }
+    let turn = Turn::default();
+    poll_fn(|cx| {
+        for _ in 0..TURNS {
+            let mut within = turn.begin(cx);
+            let ended = loop {
+                match tags.poll_next_unpin(&mut within) {
+                    Poll::Ready(Some(())) => {}
+                    Poll::Ready(None) => break true,
+                    Poll::Pending => break false,
+                }
+            };
+            if ended {
+                return Poll::Ready(Ok(()));
+            }
+            // what they have queued is submitted, and answers are for them
+            if pump.turn()? || turn.end() || pump.has_news(cx)? {
+                continue;
+            }
+            return Poll::Pending;
+        }
+        turn.end();
+        // others have their turn: what goes through the runtime's ring, too
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
 }
 
 /// Makes the thread's ring, which libublk keeps.
@@ -83,9 +100,9 @@ fn make_ring(device: &UblkDev) -> Result<(), UblkError> {
 
 /// The requests that come under one tag, one after the other.
 async fn answer(session: &Session<'_>, tag: u16) {
-    let (queue, pump) = (session.queue, session.pump);
+    let queue = session.queue;
     let buffer = direct::buffer(queue, tag);
-    let mut come = pump.submit(queue.submit_io_prep_cmd(tag, buffer.clone(), 0, None)).await;
+    let mut come = queue.submit_io_prep_cmd(tag, buffer.clone(), 0, None).await;
     loop {
         match come {
             Ok(_) => {}
@@ -95,11 +112,9 @@ async fn answer(session: &Session<'_>, tag: u16) {
             }
         }
         let asked = Asked::parse(queue.get_iod(tag));
-        let busy = pump.busy();
         let result = AssertUnwindSafe(session.perform(tag, asked)).catch_unwind().await;
-        drop(busy);
         let result = result.unwrap_or(Err(Errno::EIO)).unwrap_or_else(|e| -e.0);
-        come = pump.submit(queue.submit_io_commit_cmd(tag, buffer.clone(), result)).await;
+        come = queue.submit_io_commit_cmd(tag, buffer.clone(), result).await;
     }
 }
 
@@ -109,9 +124,8 @@ struct Session<'a> {
     geometry: Geometry,
     device: &'a UblkDev,
     queue: &'a UblkQueue<'a>,
-    pump: &'a Pump<'a>,
-    /// A file cannot do without a copy, for each way.
-    copies: [Cell<bool>; Way::COUNT],
+    /// Whether it is worth while to try without a copy, for each way.
+    trials: [Trial; Way::COUNT],
 }
 
 impl Session<'_> {
@@ -151,16 +165,13 @@ impl Session<'_> {
     /// Has the bytes moved without a copy. `None`: they are to be copied.
     async fn move_directly(&self, tag: u16, transfer: Transfer) -> Option<Result<(), Errno>> {
         let way = Way::of(&transfer);
-        let copies = &self.copies[way as usize];
-        if copies.get() {
+        let trial = &self.trials[way as usize];
+        if !trial.is_due() {
             return None;
         }
         let move_all = async |direct: &Direct<'_>| {
-            let moved = direct::transfer(self.queue, self.pump, tag, way, direct).await;
-            if moved == Moved::Never && !copies.replace(true) {
-                let (queue, device) = (self.queue.get_qid(), self.device.dev_info.dev_id);
-                debug!("queue {queue} of ublk device {device}: a file needs copies: {way:?}");
-            }
+            let moved = direct::transfer(self.queue, tag, way, direct).await;
+            trial.tell(moved);
             moved == Moved::All
         };
         let export = self.client.export();
@@ -217,30 +228,11 @@ impl Session<'_> {
     }
 }
 
-/// Submits to the driver's ring and wakes whoever waits for its answers.
-pub(super) struct Pump<'a> {
+/// Moves commands and answers of the queue's ring.
+struct Pump<'a> {
     queue: &'a UblkQueue<'a>,
     /// Told of all that the ring has for the thread: work to be done, and answers.
     news: AsyncFd<EventFd>,
-    /// Told when there is something to submit.
-    filled: Notify,
-    /// Requests that are being carried out.
-    busy: Cell<usize>,
-    /// Told when there are none.
-    idle: Notify,
-}
-
-/// A request that is being carried out.
-struct Busy<'a>(&'a Pump<'a>);
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        let busy = self.0.busy.get() - 1;
-        self.0.busy.set(busy);
-        if busy == 0 {
-            self.0.idle.notify_one();
-        }
-    }
 }
 
 impl<'a> Pump<'a> {
@@ -250,51 +242,43 @@ impl<'a> Pump<'a> {
         with_task_io_ring(|ring| ring.submitter().register_eventfd(news.as_fd().as_raw_fd()))?;
         // SAFETY: an EventFd owns its descriptor, and keeps the same one.
         let news = unsafe { AsyncFd::register_with_interest(news, Interest::READABLE) }?;
-        Ok(Pump { queue, news, filled: Notify::new(), busy: Cell::new(0), idle: Notify::new() })
+        Ok(Pump { queue, news })
     }
 
-    fn busy(&'a self) -> Busy<'a> {
-        self.busy.set(self.busy.get() + 1);
-        Busy(self)
+    /// Submits what is queued, and wakes whoever waits for answers that there are. `false`: there was nothing to do.
+    fn turn(&self) -> Result<bool, UblkError> {
+        let idle = with_task_io_ring_mut(|ring| {
+            let queued = ring.submission();
+            let idle = queued.is_empty() && !queued.taskrun() && !queued.cq_overflow();
+            drop(queued);
+            idle && ring.completion().is_empty()
+        });
+        if idle {
+            return Ok(false);
+        }
+        match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
+            // the driver waits for no answer any more, but what was begun is ended, and files are read and written here, too
+            Err(UblkError::QueueIsDown) => self.end_the_rest()?,
+            flushed => drop(flushed?),
+        }
+        Ok(true)
     }
 
-    /// Awaits a command for the driver, which is queued when it is first polled and then to be submitted.
-    pub(super) async fn submit<T>(&self, command: impl Future<Output = T>) -> T {
-        let mut command = pin!(command);
-        if let Some(refused) = command.as_mut().now_or_never() {
-            return refused;
-        }
-        self.filled.notify_one();
-        command.await
-    }
-
-    /// Moves commands and answers until the device is stopped, or the ring fails.
-    async fn run(&self) -> Result<(), UblkError> {
-        loop {
-            match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
-                Ok(_) => {}
-                Err(UblkError::QueueIsDown) => break,
-                Err(e) => return Err(e),
-            }
-            tokio::select! {
-                // each signal is a new event, whatever its counter says
-                ready = self.news.readable() => ready?.clear_ready(),
-                () = self.filled.notified() => {}
-            }
-        }
-        // the driver waits for no answer any more, but what was begun is ended, and files are read and written here, too
-        while self.busy.get() > 0 {
-            let done = with_task_io_ring_mut(|ring| {
-                ring.submit()?;
-                Ok::<_, io::Error>(ring.completion().collect::<Vec<_>>())
-            })?;
-            done.iter().for_each(|done| ublk_wake_task(done.user_data(), done));
-            tokio::select! {
-                ready = self.news.readable() => ready?.clear_ready(),
-                () = self.filled.notified() => {}
-                () = self.idle.notified() => {}
-            }
-        }
+    fn end_the_rest(&self) -> io::Result<()> {
+        let done = with_task_io_ring_mut(|ring| {
+            ring.submit()?;
+            Ok::<_, io::Error>(ring.completion().collect::<Vec<_>>())
+        })?;
+        done.iter().for_each(|done| ublk_wake_task(done.user_data(), done));
         Ok(())
+    }
+
+    /// Whether the ring has told of something since the last look; the task is woken when it does.
+    fn has_news(&self, cx: &mut Context<'_>) -> io::Result<bool> {
+        match self.news.poll_read_ready(cx) {
+            // each signal is a new event, whatever its counter says
+            Poll::Ready(ready) => ready.map(|mut ready| ready.clear_ready()).map(|()| true),
+            Poll::Pending => Ok(false),
+        }
     }
 }
