@@ -7,7 +7,7 @@ use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, sys};
 use nix::sys::stat::stat;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -156,7 +156,7 @@ pub fn list() -> io::Result<Vec<Listed>> {
     let mut found = Vec::new();
     for id in ids()? {
         let device = Some(node(id)).filter(|node| node.exists());
-        let in_use = device.is_some() && matches!(Unused::claim(id), Ok(None));
+        let in_use = device.as_deref().is_some_and(|node| is_used(id, node));
         let size_bytes = size(id);
         let daemon = stat(&Path::new("/dev").join(format!("ublkc{id}"))).ok().and_then(|found| holder(&found));
         let info = control::info(id).ok();
@@ -327,6 +327,45 @@ impl Unused {
     }
 }
 
+/// Whether somebody has a device open or mounted, or another device is on it. Unlike [`Unused::claim`] this is in nobody's
+/// way, not even for a moment.
+fn is_used(id: u32, node: &Path) -> bool {
+    let disk = PathBuf::from(format!("/sys/block/ublkb{id}"));
+    let parts = fs::read_dir(&disk).into_iter().flatten().flatten().map(|entry| entry.path());
+    let parts = parts.filter(|path| path.join("partition").exists()).chain([disk.clone()]);
+    let mut numbers = Vec::new();
+    for part in parts {
+        if fs::read_dir(part.join("holders")).is_ok_and(|mut holders| holders.next().is_some()) {
+            return true;
+        }
+        numbers.extend(fs::read_to_string(part.join("dev")).map(|number| number.trim().to_owned()));
+    }
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let is_swap = swaps.lines().any(|line| line.split(' ').next().map(Path::new) == Some(node));
+    is_swap || stat(node).is_ok_and(|found| holder(&found).is_some()) || is_mounted(node, &numbers)
+}
+
+/// Whether a device or a part of it is mounted, in the eyes of any process. `numbers`: theirs, as `major:minor`.
+fn is_mounted(node: &Path, numbers: &[String]) -> bool {
+    let mut seen = BTreeSet::new();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|process| process.path());
+    let mut tables = processes.filter_map(|process| {
+        let new = seen.insert(fs::read_link(process.join("ns/mnt")).ok()?);
+        if new { fs::read_to_string(process.join("mountinfo")).ok() } else { None }
+    });
+    let node = node.to_str().unwrap_or_default();
+    tables.any(|table| table.lines().any(|line| is_mount_of(line, node, numbers)))
+}
+
+/// A line of proc_pid_mountinfo(5). File systems with numbers of their own (btrfs) say by the source what they are on.
+fn is_mount_of(line: &str, node: &str, numbers: &[String]) -> bool {
+    let number = line.split(' ').nth(2).unwrap_or_default();
+    let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1)).unwrap_or_default();
+    let part = source.strip_prefix(node).and_then(|rest| rest.strip_prefix('p'));
+    let is_part = part.is_some_and(|part| part.bytes().all(|b| b.is_ascii_digit()));
+    numbers.iter().any(|known| known == number) || source == node || is_part
+}
+
 /// A process other than this one that has a device open. One that we may not look into is not seen.
 fn holder(device: &libc::stat) -> Option<u32> {
     let kind = |found: &libc::stat| (found.st_mode & libc::S_IFMT, found.st_rdev);
@@ -394,6 +433,16 @@ mod tests {
         assert_eq!(link_name("a/b c\\d"), r"a\x2fb\x20c\x5cd");
         assert_eq!((link_name("..").as_str(), link_name(".x").as_str()), (r"\x2e.", r"\x2ex"));
         assert_eq!(link_name("müller"), "müller");
+    }
+
+    #[test]
+    fn mounts_of_a_device_are_told_from_others() {
+        let line = |number, source| format!("36 35 {number} / /mnt rw,relatime shared:1 - ext4 {source} rw");
+        let is_ours =
+            |number, source| is_mount_of(&line(number, source), "/dev/ublkb1", &["259:1".into(), "259:2".into()]);
+        assert!(is_ours("259:1", "/dev/root") && is_ours("0:45", "/dev/ublkb1") && is_ours("0:45", "/dev/ublkb1p2"));
+        assert!(!is_ours("259:11", "/dev/ublkb1x") && !is_ours("0:45", "/dev/ublkb12"));
+        assert!(!is_mount_of("", "/dev/ublkb1", &[]));
     }
 
     #[test]
