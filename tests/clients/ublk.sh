@@ -237,6 +237,7 @@ say "the command line"
 "$cowgate" ublk list | grep -q "/dev/ublkb.* no .*xfs" || fail "it is not listed: $("$cowgate" ublk list)"
 appears xfs
 mount "$device" /mnt
+equal "whether it is in use" "$(listed xfs in_use)" True
 "$cowgate" ublk delete "${device#/dev/ublkb}" 2>"$dir/said" && fail "a mounted device was deleted"
 grep -q "is in use" "$dir/said" || fail "it says $(cat "$dir/said")"
 umount /mnt
@@ -245,7 +246,9 @@ say "an export that is removed with force"
 export_file short "$dir/extra.raw" "ublk = true"
 reload
 appears short
+equal "whether it is in use" "$(listed short in_use)" False
 exec 7<"$device"
+equal "whether it is in use" "$(listed short in_use)" True
 "$cowgate" export remove short --force --wait --control "$dir/control" >/dev/null
 vanishes short
 exec 7<&-

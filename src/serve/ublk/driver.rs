@@ -253,8 +253,7 @@ pub(super) fn sweep() -> Vec<u32> {
 fn waits_for_daemon(id: u32) -> bool {
     let deadline = Instant::now() + NOTICE;
     loop {
-        let Ok(control) = UblkCtrl::new_simple(id as i32) else { return false };
-        let info = control.dev_info();
+        let Ok(info) = control::info(id) else { return false };
         if info.ublksrv_flags != OURS || is_daemon(info.ublksrv_pid) {
             return false;
         }
