@@ -50,8 +50,8 @@ pub struct Reload {
     counted: bool,
     /// What is served, in a line, after the last pass that concluded a reload.
     status: String,
-    /// That was not asked for yet.
-    concluded: bool,
+    /// What the log is to say of that when it is applied.
+    concluded: Option<String>,
 }
 
 /// What one pass found.
@@ -99,15 +99,17 @@ impl Reload {
             counts: [0; 3],
             counted: false,
             status: String::new(),
-            concluded: false,
+            concluded: None,
         };
         let pass = reload.take(loaded);
         if offer.acceptor.is_some() {
             info!("TLS: {}", offer.describe());
         }
         let pass = Pass { tls: Some(offer), ..pass };
-        // the start itself says so
-        reload.concluded = false;
+        // the start itself tells the service manager
+        if let Some(line) = reload.concluded.take() {
+            info!("{line}");
+        }
         Ok((reload, server, pass))
     }
 
@@ -116,9 +118,11 @@ impl Reload {
         format!("{} exports{}", self.applied.len(), self.status)
     }
 
-    /// The status, if a reload was concluded since this was last asked.
+    /// To be called when a pass was applied: logs the end of a reload if that was its last one, and returns the status.
     pub fn concluded(&mut self) -> Option<String> {
-        std::mem::take(&mut self.concluded).then(|| self.status())
+        let line = self.concluded.take()?;
+        info!("{line}");
+        Some(self.status())
     }
 
     /// Begins a new reload: the next pass counts as the first.
@@ -339,16 +343,15 @@ impl Reload {
         if last && (!self.counted || !plan.is_empty()) {
             let [added, changed, removed] = std::mem::take(&mut self.counts);
             let total = self.applied.len();
-            match &loaded.server {
-                None => info!("configuration {generation} not reloaded because of the errors above: {total} exports"),
-                Some(_) if generation == 1 && !self.counted => info!("configuration 1 loaded: {total} exports"),
-                Some(_) => info!(
+            self.concluded = Some(match &loaded.server {
+                None => format!("configuration {generation} not reloaded because of the errors above: {total} exports"),
+                Some(_) if generation == 1 && !self.counted => format!("configuration 1 loaded: {total} exports"),
+                Some(_) => format!(
                     "configuration {generation} reloaded: {added} added, {changed} changed, {removed} removed; {total} \
                      exports"
                 ),
-            }
+            });
             self.counted = true;
-            self.concluded = true;
             self.status = match &loaded.server {
                 Some(_) => format!(", configuration {generation}"),
                 None => format!("; configuration {generation} has errors, see the log"),
@@ -411,6 +414,39 @@ mod tests {
                 fs::File::options().write(true).open(file).and_then(|f| f.set_modified(old)).expect("age");
             }
         }
+    }
+
+    /// What is logged, for a test.
+    #[derive(Clone, Default)]
+    struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("no panic").write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_reload_is_told_when_it_is_applied() {
+        let directory = Directory::new();
+        let (mut reload, _) = directory.start();
+        directory.write("conf.d/a.conf", "[disk]\nexportname = /srv/disk\n");
+        directory.age();
+        let log = Log::default();
+        let (to_write, to_read) = (log.clone(), log.0);
+        let told = || String::from_utf8_lossy(&to_read.lock().expect("no panic")).contains("2 reloaded: 1 added");
+        let subscriber = tracing_subscriber::fmt().with_writer(move || to_write.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            reload.begin();
+            let pass = reload.pass();
+            assert_eq!((pass.plan.add.len(), told()), (1, false), "whoever waits for this would be too early");
+            assert!(reload.concluded().is_some() && told());
+            assert_eq!(reload.concluded(), None);
+        });
     }
 
     #[test]

@@ -91,7 +91,7 @@ for round in $(seq "$rounds"); do
     [ -z "${COWGATE_DEBUG:-}" ] || say "round $round"
     sleep "0.$((RANDOM % 8 + 1))"
     pause
-    if [ $((round % 3)) -eq 0 ]; then hands_over; else die; fi
+    if [ $((round % 2)) -eq 0 ]; then hands_over; else die; fi
     start
     goes_on
     loads_go_on "round $round"

@@ -218,6 +218,10 @@ fn serve_device(
     let made = queues.make(&device, &control, events);
     let begun = made.and_then(|()| control.start_dev(&device).map_err(refused("start the device")));
     if let Err(e) = begun {
+        if former.is_some() && matches!(e, Error::HandedOver) {
+            std::mem::forget(queues); // the next daemon finds the device as this one did
+            return Err(e);
+        }
         let _ = control.kill_dev(); // else its queues would wait for requests
         return Err(e);
     }

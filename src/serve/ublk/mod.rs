@@ -115,8 +115,15 @@ impl Devices {
         if others > 0 {
             return resize.answer(Err(format!("{others} other clients use the export; disconnect them first")));
         }
-        if device.export.config().client.multi_file {
-            return resize.answer(Err("a disk of several files has the sizes of these".to_owned()));
+        let config = device.export.config();
+        let why = match &config.client {
+            keys if keys.multi_file => Some("it is several files, which are its parts"),
+            keys if keys.file_size.is_some() => Some("its size is what `filesize` in its configuration says"),
+            _ if config.read_only && resize.size.is_some() => Some("it is read-only"),
+            _ => None,
+        };
+        if let Some(why) = why {
+            return resize.answer(Err(why.to_owned()));
         }
         let _ = device.events.send(Event::Resize(resize)); // dropped by one that ends: then who asked hears so
     }
@@ -130,7 +137,7 @@ impl Devices {
         table.stopping = true;
         for device in table.devices.values_mut() {
             match hand_over && !device.leaving {
-                true => drop(device.events.send(Event::HandOver)), // it may have gone by itself
+                true => device.hand_over(),
                 false => device.leave(false),
             }
         }
@@ -163,6 +170,11 @@ impl Device {
             let _ = self.events.send(Event::Stop { force }); // it may have gone by itself
             self.leaving = true;
         }
+    }
+
+    fn hand_over(&mut self) {
+        let _ = self.events.send(Event::HandOver); // it may have gone by itself
+        self.leaving = true;
     }
 
     /// A device waits until nobody uses it, and a file system on it that holds its next image is always in use.

@@ -6,7 +6,8 @@
 //! and pwrite on the device's character device (UBLK_F_USER_COPY), so that a request has memory only while it is under
 //! way.
 //!
-//! Promises: every request of the driver gets one answer; a panic while it is carried out is an I/O error of that request.
+//! Promises: every request of the driver gets one answer, unless the driver takes its commands back first: then it will ask
+//! again, or has no use for answers. A panic while a request is carried out is an I/O error of that request.
 
 use super::direct::{self, Moved, Trial, Way};
 use super::params::{Asked, Kind};
@@ -26,7 +27,7 @@ use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_
 use libublk::uring_async::ublk_wake_task;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::{pread, pwrite};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -52,7 +53,7 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
     let pump = Pump::new(&queue)?;
     made();
     let geometry = client.device().geometry();
-    let session = Session { client, geometry, device, queue: &queue, trials: Default::default() };
+    let session = Session { client, geometry, device, queue: &queue, trials: Default::default(), busy: Cell::new(0) };
     let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&session, tag)).collect();
     let turn = Turn::default();
     poll_fn(|cx| {
@@ -65,7 +66,8 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
                     Poll::Pending => break false,
                 }
             };
-            if ended {
+            // a command that came when the others were taken back is never answered
+            if ended || queue.is_stopping() && session.busy.get() == 0 {
                 return Poll::Ready(Ok(()));
             }
             // what they have queued is submitted, and answers are for them
@@ -112,7 +114,12 @@ async fn answer(session: &Session<'_>, tag: u16) {
             }
         }
         let asked = Asked::parse(queue.get_iod(tag));
+        session.busy.update(|busy| busy + 1);
         let result = AssertUnwindSafe(session.perform(tag, asked)).catch_unwind().await;
+        session.busy.update(|busy| busy - 1);
+        if queue.is_stopping() {
+            return; // the device is held still: what is not answered is asked for again by the next daemon
+        }
         let result = result.unwrap_or(Err(Errno::EIO)).unwrap_or_else(|e| -e.0);
         come = queue.submit_io_commit_cmd(tag, buffer.clone(), result).await;
     }
@@ -126,6 +133,8 @@ struct Session<'a> {
     queue: &'a UblkQueue<'a>,
     /// Whether it is worth while to try without a copy, for each way.
     trials: [Trial; Way::COUNT],
+    /// Requests that are being carried out.
+    busy: Cell<usize>,
 }
 
 impl Session<'_> {
