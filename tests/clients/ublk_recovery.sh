@@ -6,7 +6,8 @@ set -euo pipefail
 cowgate=$1 rounds=$2
 # shellcheck source=tests/clients/guest.sh
 . "$(dirname "$0")/guest.sh"
-names=/dev/cowgate/by-name
+# shellcheck source=tests/clients/devices.sh
+. "$(dirname "$0")/devices.sh"
 left=/run/cowgate/devices
 
 die() {
@@ -14,9 +15,9 @@ die() {
     wait "$pid" 2>/dev/null || true
 }
 # Linux 6.12 may crash itself when whoever serves a busy device ends: kernel-notes/2026-11-23-ublk.md
-is_sound() { "$cowgate" ublk list | grep '^driver:' | grep -qw QUIESCE; }
+can_hold_still() { "$cowgate" ublk list | grep '^driver:' | grep -qw QUIESCE; }
 pause() {
-    is_sound && return
+    can_hold_still && return
     pkill -STOP -x 'fio|cp' || true
     sync -f /mnt
     sleep 0.2
@@ -25,10 +26,6 @@ goes_on() { pkill -CONT -x 'fio|cp' || true; }
 hands_over() {
     kill -USR2 "$pid"
     wait "$pid" || fail "the daemon ended with status $?"
-}
-appears() { # export
-    until_true "the device of $1" test -b "$names/$1"
-    device=$(readlink -f "$names/$1")
 }
 said() { grep -q "$1" "$dir/log"; }
 image_is_good() { qemu-img check -q -f qcow2 "$1" || fail "qemu-img check $1: $(qemu-img check -f qcow2 "$1" 2>&1)"; }
@@ -108,7 +105,7 @@ refuses() { # words, export, size
     grep -q "$words" "$dir/refused" || fail "it does not say \"$words\" but: $(cat "$dir/refused")"
     equal "the size of $1" "$(bytes "$names/$1")" "$size"
 }
-if is_sound; then
+if can_hold_still; then
     resize files 300M | grep -q '300 MiB' || fail "it does not say the new size"
     equal "the size of files" "$(bytes "$files")" $((300 << 20))
     resize2fs "$files" >"$dir/resize2fs" 2>&1 || { cat "$dir/resize2fs"; fail "resize2fs"; }

@@ -1,6 +1,7 @@
 //! What this machine's ublk driver has: whether it is there, which devices it knows, who has one of them open.
 
 use super::control::{self, CONTROL};
+use super::mountinfo::{self, Mount};
 use super::params::SECTOR;
 use super::record;
 use libublk::ctrl::UblkCtrl;
@@ -350,19 +351,18 @@ fn is_mounted(node: &Path, numbers: &[String]) -> bool {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|process| process.path());
     let mut tables = processes.filter_map(|process| {
         let new = seen.insert(fs::read_link(process.join("ns/mnt")).ok()?);
-        if new { fs::read_to_string(process.join("mountinfo")).ok() } else { None }
+        if new { mountinfo::of_process(&process).ok() } else { None }
     });
     let node = node.to_str().unwrap_or_default();
-    tables.any(|table| table.lines().any(|line| is_mount_of(line, node, numbers)))
+    tables.any(|mounts| mounts.iter().any(|mount| is_mount_of(mount, node, numbers)))
 }
 
-/// A line of proc_pid_mountinfo(5). File systems with numbers of their own (btrfs) say by the source what they are on.
-fn is_mount_of(line: &str, node: &str, numbers: &[String]) -> bool {
-    let number = line.split(' ').nth(2).unwrap_or_default();
-    let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1)).unwrap_or_default();
+/// File systems with numbers of their own (btrfs) say by the source what they are on.
+fn is_mount_of(mount: &Mount, node: &str, numbers: &[String]) -> bool {
+    let source = mount.source.to_str().unwrap_or_default();
     let part = source.strip_prefix(node).and_then(|rest| rest.strip_prefix('p'));
     let is_part = part.is_some_and(|part| part.bytes().all(|b| b.is_ascii_digit()));
-    numbers.iter().any(|known| known == number) || source == node || is_part
+    numbers.contains(&mount.number) || source == node || is_part
 }
 
 /// A process other than this one that has a device open. One that we may not look into is not seen.
@@ -437,11 +437,14 @@ mod tests {
     #[test]
     fn mounts_of_a_device_are_told_from_others() {
         let line = |number, source| format!("36 35 {number} / /mnt rw,relatime shared:1 - ext4 {source} rw");
-        let is_ours =
-            |number, source| is_mount_of(&line(number, source), "/dev/ublkb1", &["259:1".into(), "259:2".into()]);
+        let any_is_ours = |lines: String| {
+            let numbers = ["259:1".into(), "259:2".into()];
+            mountinfo::parse(lines.as_bytes()).iter().any(|mount| is_mount_of(mount, "/dev/ublkb1", &numbers))
+        };
+        let is_ours = |number, source| any_is_ours(line(number, source));
         assert!(is_ours("259:1", "/dev/root") && is_ours("0:45", "/dev/ublkb1") && is_ours("0:45", "/dev/ublkb1p2"));
         assert!(!is_ours("259:11", "/dev/ublkb1x") && !is_ours("0:45", "/dev/ublkb12"));
-        assert!(!is_mount_of("", "/dev/ublkb1", &[]));
+        assert!(!any_is_ours(String::new()));
     }
 
     #[test]

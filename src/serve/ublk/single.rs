@@ -2,14 +2,12 @@
 
 use super::device::{self, Event, Lasting};
 use super::driver;
-use super::params::SECTOR;
 use crate::export::device_keys::DeviceKeys;
 use crate::export::service::Export;
 use caps::{CapSet, Capability};
 use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, sys};
 use std::cell::Cell;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
@@ -67,9 +65,7 @@ impl Single {
 
     /// Its size in bytes, as the kernel has it.
     pub fn size_bytes(&self) -> Result<u64, String> {
-        let path = format!("/sys/block/ublkb{}/size", self.id);
-        let sectors = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-        sectors.and_then(|sectors| sectors.checked_mul(SECTOR)).ok_or_else(|| format!("{path} has no size"))
+        driver::size(self.id).ok_or_else(|| format!("{} has no size", self.node().display()))
     }
 
     /// Has it go when nobody has it open any more; with `force` at once, and who has it open gets errors.

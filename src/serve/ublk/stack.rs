@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens the file, or looks at the file system that it is on: that could wait for the very device.
 
+use super::mountinfo::{self, Mount};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -13,25 +14,25 @@ const MOST: usize = 16;
 ///
 /// Links in `path` are not followed.
 pub(super) fn under(path: &Path) -> Option<u32> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mounts = mountinfo::own().ok()?;
     of_file(path, &mounts, MOST)
 }
 
-fn of_file(path: &Path, mounts: &str, left: usize) -> Option<u32> {
+fn of_file(path: &Path, mounts: &[Mount], left: usize) -> Option<u32> {
     let mount = mount_of(path, mounts)?;
     let place = Path::new("/sys/dev/block");
     // a file system with a device number of its own (btrfs) says by its source what it is on
-    [place.join(mount.device), sys_of_node(&mount.source).unwrap_or_default()]
+    [place.join(&mount.number), sys_of_node(&mount.source).unwrap_or_default()]
         .into_iter()
         .find_map(|device| of_device(&device, mounts, left))
-        .or_else(|| match &mount.source[..] {
-            "devtmpfs" | "udev" | "dev" => of_device(&sys_of_node(path.to_str()?)?, mounts, left),
+        .or_else(|| match mount.source.to_str() {
+            Some("devtmpfs" | "udev" | "dev") => of_device(&sys_of_node(path)?, mounts, left),
             _ => None,
         })
 }
 
 /// `device`: its directory in /sys.
-fn of_device(device: &Path, mounts: &str, left: usize) -> Option<u32> {
+fn of_device(device: &Path, mounts: &[Mount], left: usize) -> Option<u32> {
     let left = left.checked_sub(1)?;
     let device = fs::canonicalize(device).ok()?;
     // the device itself, or the disk of a partition
@@ -52,8 +53,8 @@ fn of_device(device: &Path, mounts: &str, left: usize) -> Option<u32> {
 }
 
 /// The directory in /sys of a device node.
-fn sys_of_node(node: &str) -> Option<PathBuf> {
-    if !node.starts_with("/dev/") {
+fn sys_of_node(node: &Path) -> Option<PathBuf> {
+    if !node.starts_with("/dev") {
         return None;
     }
     let found = fs::metadata(node).ok().filter(|found| found.file_type().is_block_device())?;
@@ -61,33 +62,11 @@ fn sys_of_node(node: &str) -> Option<PathBuf> {
     Some(PathBuf::from(format!("/sys/dev/block/{major}:{minor}")))
 }
 
-/// What is mounted where a path is.
-#[derive(Debug, PartialEq)]
-struct Mount<'a> {
-    /// major:minor
-    device: &'a str,
-    source: String,
-}
-
-/// The mount that a path is in, of the lines of /proc/self/mountinfo.
-fn mount_of<'a>(path: &Path, mounts: &'a str) -> Option<Mount<'a>> {
-    let parse = |line: &'a str| {
-        let (place, rest) = line.split_once(" - ")?;
-        let mut place = place.split(' ').skip(2);
-        let (device, point) = (place.next()?, place.nth(1)?);
-        let source = unescaped(rest.split(' ').nth(1)?);
-        Some((unescaped(point), Mount { device, source }))
-    };
-    let around = mounts.lines().filter_map(parse).filter(|(point, _)| path.starts_with(point));
+/// The mount that a path is in.
+fn mount_of<'a>(path: &Path, mounts: &'a [Mount]) -> Option<&'a Mount> {
+    let around = mounts.iter().filter(|mount| path.starts_with(&mount.at));
     // the last of several at one place hides the others
-    Some(around.max_by_key(|(point, _)| point.len())?.1)
-}
-
-/// The kernel writes blanks, backslashes and line ends as `\NNN`.
-fn unescaped(text: &str) -> String {
-    [(r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")]
-        .iter()
-        .fold(text.to_owned(), |text, (code, character)| text.replace(code, character))
+    around.max_by_key(|mount| mount.at.as_os_str().len())
 }
 
 #[cfg(test)]
@@ -101,7 +80,11 @@ mod tests {
 
     #[test]
     fn the_last_mount_around_a_file_is_found() {
-        let device = |path: &str| mount_of(Path::new(path), MOUNTS).map(|mount| (mount.device, mount.source));
+        let mounts = mountinfo::parse(MOUNTS.as_bytes());
+        let device = |path: &str| {
+            let found = mount_of(Path::new(path), &mounts);
+            found.map(|mount| (&*mount.number, mount.source.display().to_string()))
+        };
         assert_eq!(device("/etc/a"), Some(("8:1", "/dev/sda1".to_owned())));
         assert_eq!(device("/srv/a"), Some(("8:17", "/dev/sdb1".to_owned())), "what is hidden counts no more");
         assert_eq!(device("/srv/with blank/a"), Some(("0:44", "/dev/ublkb4".to_owned())));
