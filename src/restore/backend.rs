@@ -2,7 +2,9 @@
 //!
 //! Dropped before it was told to go on alone, the process ends and leaves nothing; that is waited for.
 
-use super::serve::{Answer, Order};
+use super::disk::Disk;
+use super::end;
+use super::serve::{Answer, Mounted, Order};
 use super::source::Source;
 use super::state::{self, Entry};
 use std::env;
@@ -12,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use tracing::warn;
 
 /// What follows the subcommand `restore` on the command line of the background process; its directory follows.
 pub const HIDDEN: [&str; 2] = ["serve", "--dir"];
@@ -30,8 +33,8 @@ pub struct Backend {
 /// A block device that it serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shown {
-    /// Where.
-    pub node: PathBuf,
+    /// Which.
+    pub disk: Disk,
     /// Size in bytes.
     pub size_bytes: u64,
 }
@@ -57,20 +60,22 @@ impl Backend {
     /// temporary layer.
     pub fn show(&mut self, source: &Source, window: Option<(u64, u64)>, layer: bool) -> Result<Shown, String> {
         match self.ask(&Order::Show { source: source.clone(), window, layer })? {
-            Answer::Device { node, size_bytes } => Ok(Shown { node, size_bytes }),
+            Answer::Device { disk, size_bytes } => Ok(Shown { disk, size_bytes }),
             Answer::Failed(why) => Err(why),
-            Answer::Kept => Err("the background process answers something else".to_owned()),
+            Answer::Kept(_) => Err("the background process answers something else".to_owned()),
         }
     }
 
-    /// It is mounted: has the process go on alone.
-    pub fn keep(mut self, entry: Entry) -> Result<(), String> {
-        match self.ask(&Order::Keep(Box::new(entry)))? {
-            Answer::Kept => self.kept = true,
-            Answer::Failed(why) => return Err(why),
-            Answer::Device { .. } => return Err("the background process answers something else".to_owned()),
+    /// It is mounted: has the process go on alone. What is known of the restore from then on.
+    pub fn keep(mut self, mounted: Mounted) -> Result<Entry, String> {
+        match self.ask(&Order::Keep(mounted))? {
+            Answer::Kept(entry) => {
+                self.kept = true;
+                Ok(*entry)
+            }
+            Answer::Failed(why) => Err(why),
+            Answer::Device { .. } => Err("the background process answers something else".to_owned()),
         }
-        Ok(())
     }
 
     fn ask(&mut self, order: &Order) -> Result<Answer, String> {
@@ -96,8 +101,11 @@ impl Drop for Backend {
             return;
         }
         self.orders = None;
-        let _ = self.child.wait(); // it has gone in any case
-        // it does so itself, unless it died
-        let _ = state::remove(&self.directory);
+        let ended = self.child.wait().map_err(|e| format!("the background process cannot be waited for: {e}"));
+        // it does so itself, unless it was killed
+        let id = self.directory.file_name().unwrap_or_default().to_string_lossy();
+        if let Err(e) = ended.and_then(|_| end::clean_up(&id)) {
+            warn!("{e}");
+        }
     }
 }

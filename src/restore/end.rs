@@ -1,13 +1,12 @@
 //! A restore's end: asked for, or because its time is over or its process has died.
 
-use super::serve::unmount;
 use super::state::{self, Entry, Phase, Process};
 use super::{expiry, mounts};
 use crate::serve::ublk::single;
 use jiff::Timestamp;
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -34,7 +33,7 @@ pub enum Health {
 pub fn health(entry: &Entry) -> Health {
     match (entry.process.is_alive(), entry.phase) {
         (false, _) => Health::Dead,
-        (true, Phase::Starting) => Health::Starting,
+        (true, Phase::Starting | Phase::Inspecting) => Health::Starting,
         (true, Phase::Mounted) => Health::Mounted,
     }
 }
@@ -52,51 +51,55 @@ pub fn find<'a>(entries: &'a [Entry], what: &str) -> Option<&'a Entry> {
 }
 
 /// Unmounts a restore and waits until nothing is left of it. `force`: also when somebody uses it.
-pub fn unmount_one(entry: &Entry, force: bool) -> Result<(), String> {
-    if health(entry) == Health::Dead {
-        return clean_up(entry);
+///
+/// It is looked at anew: since it was listed it may have ended, and its device's number be another disk's.
+pub fn unmount_one(id: &str, force: bool) -> Result<(), String> {
+    let failed = |e| format!("{id}: {e}");
+    let Some(entry) = state::get(id).map_err(failed)? else { return Ok(()) };
+    match health(&entry) {
+        Health::Dead => return end_dead(id),
+        Health::Starting if !force => return Err(format!("{id}: it is about to be mounted; wait, or use --force")),
+        Health::Starting | Health::Mounted => {}
     }
-    if entry.phase == Phase::Starting && !force {
-        return Err(format!("{}: it is about to be mounted; wait, or use --force", entry.id));
-    }
-    let places = entry.device.as_deref().map(mounts::of).unwrap_or_default();
-    for at in &places {
-        match mounts::detach(at, false) {
-            Ok(()) => {}
-            Err(Errno::EBUSY) if !force => {
-                let at = at.display();
-                return Err(format!(
-                    "{at} is in use: fuser -vm {at} shows by whom; or use --force, and they get errors"
-                ));
-            }
-            Err(Errno::EBUSY) => mounts::detach(at, true).map_err(|e| format!("{}: {e}", at.display()))?,
-            Err(e) => return Err(format!("{} cannot be unmounted: {e}", at.display())),
-        }
+    let is_mounted_here = entry.disk.as_ref().is_some_and(|disk| !mounts::of(disk).is_empty());
+    if let Some(disk) = &entry.disk {
+        mounts::unmount(disk, force).map_err(|why| why.to_string())?;
     }
     if force {
         signal(entry.process);
     }
     let deadline = Instant::now() + PATIENCE;
-    while state::directory(&entry.id).exists() && entry.process.is_alive() {
+    while state::directory(id).exists() {
+        if state::get(id).map_err(failed)?.is_some_and(|entry| !entry.process.is_alive()) {
+            return end_dead(id);
+        }
         if Instant::now() > deadline {
-            let device = entry.device.as_deref().unwrap_or(Path::new("its device")).display();
-            return Err(match places.is_empty() {
-                true => format!(
-                    "{}: it is not mounted here, but {device} is in use: unmount it in the mount namespace \
-                                 where it is mounted, or use --force",
-                    entry.id
-                ),
-                false => format!(
-                    "{}: it is unmounted here, but {device} is still in use: see fuser -v {device}; or use \
-                                  --force",
-                    entry.id
-                ),
-            });
+            return Err(still_there(&entry, is_mounted_here));
         }
         sleep(LOOK);
     }
-    // its process has died in between
-    if state::directory(&entry.id).exists() { clean_up(entry) } else { Ok(()) }
+    Ok(())
+}
+
+fn still_there(entry: &Entry, is_mounted_here: bool) -> String {
+    let id = &entry.id;
+    let device = entry.disk.as_ref().map_or("its device".to_owned(), |disk| disk.device.display().to_string());
+    if is_mounted_here {
+        return format!(
+            "{id}: it is unmounted here, but {device} is still in use: see fuser -v {device}; or use --force"
+        );
+    }
+    format!(
+        "{id}: it is not mounted here, but {device} is in use: unmount it in the mount namespace where it is mounted, or \
+         use --force"
+    )
+}
+
+fn end_dead(id: &str) -> Result<(), String> {
+    match clean_up(id)? {
+        true => Ok(()),
+        false => Err(format!("{id}: another process serves it by now; try again")),
+    }
 }
 
 fn signal(process: Process) {
@@ -105,26 +108,42 @@ fn signal(process: Process) {
     }
 }
 
-/// Ends a restore whose process has died.
-fn clean_up(entry: &Entry) -> Result<(), String> {
-    if let Some(device) = &entry.device {
-        unmount(device);
-        single::forget(device)?;
+/// Ends a restore in the place of its process, which has died. False: it lives.
+pub(super) fn clean_up(id: &str) -> Result<bool, String> {
+    let failed = |e: std::io::Error| format!("{}: {e}", state::directory(id).display());
+    // a process that is about to write its own number there is waited for
+    let _lock = state::lock().map_err(failed)?;
+    let entry = state::get(id).map_err(failed)?;
+    if let Some(entry) = &entry
+        && entry.process != Process::this()
+        && entry.process.is_alive()
+    {
+        return Ok(false);
     }
-    let directory = state::directory(&entry.id);
-    state::remove(&directory).map_err(|e| format!("{}: {e}", directory.display()))
+    if let Some(disk) = entry.and_then(|entry| entry.disk).filter(|disk| !disk.is_replaced()) {
+        mounts::unmount(&disk, true).map_err(|why| format!("{id}: {why}"))?;
+        single::forget(&disk.device)?;
+    }
+    state::remove(&state::directory(id)).map_err(failed)?;
+    Ok(true)
 }
 
-/// Ends what nobody is to find any more: restores whose time is over, or that have died before they were mounted.
+/// Ends what nobody is to find any more: restores whose time is over, or that have died before they were mounted. Called
+/// by every command. Devices without their processes are deleted by a daemon, too, when it starts.
 pub fn sweep() {
     let entries = match state::all() {
         Ok(entries) => entries,
         Err(e) => return warn!("{e}"),
     };
+    if let Err(e) = state::remove_unfinished()
+        && e.kind() != ErrorKind::NotFound
+    {
+        warn!("{}: {e}", state::ROOT);
+    }
     for entry in entries {
         let is_over = expiry::is_over(entry.expires.as_deref(), Timestamp::now());
         let done = match health(&entry) {
-            Health::Dead if is_over || entry.phase == Phase::Starting => clean_up(&entry),
+            Health::Dead if is_over || entry.phase != Phase::Mounted => clean_up(&entry.id),
             // it does so itself, unless it hangs
             Health::Mounted if is_over => {
                 signal(entry.process);
@@ -133,7 +152,8 @@ pub fn sweep() {
             _ => continue,
         };
         match done {
-            Ok(()) => info!("restore {} of {}: its process has died: ended", entry.id, entry.image.display()),
+            Ok(true) => info!("restore {} of {}: its process has died: ended", entry.id, entry.image.display()),
+            Ok(false) => {}
             Err(e) => warn!("restore {} of {}: {e}", entry.id, entry.image.display()),
         }
     }

@@ -4,13 +4,14 @@
 //! - [`layout`]: what is on a disk and which part of it is mounted, pure; [`probe`]: the tools that look
 //! - [`serve`]: the background process that is the block device; [`backend`]: its end in the command
 //! - [`state`]: what is known of each restore, in files, so that it can be ended when its process has died
-//! - [`mounts`]: the kernel's mounts; [`mount`], [`end`]: the life of a restore from the command's side
+//! - [`disk`]: a block device and no later one of its number; [`mounts`]: the kernel's mounts; [`mount`], [`end`]: the life of a restore from the command's side
 //!
 //! Promises: nothing is written to an image; the kernel looks for no partitions on a disk, and is given no file system
 //! that was not asked for; a mount that fails leaves nothing behind. The command mounts, so that the mount is in its
 //! caller's namespace. The background process serves until nobody has the device open any more.
 
 pub mod backend;
+pub mod disk;
 pub mod end;
 pub mod expiry;
 pub mod layout;

@@ -1,14 +1,19 @@
 //! A restore's beginning: a process that is the block device, a look at what is on it, the mount.
 
 use super::backend::{Backend, Shown};
+use super::disk::Disk;
+use super::end::Health;
 use super::layout::{Content, Driver, Kind, Layout, drivers};
+use super::serve::Mounted;
 use super::source::Source;
 use super::state::{self, Entry, Phase, Process};
-use super::{mounts, probe, serve};
+use super::{end, mounts, probe, serve};
 use jiff::Timestamp;
 use nix::errno::Errno;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use tracing::warn;
 
 /// What is wanted.
 #[derive(Clone, Debug)]
@@ -26,19 +31,19 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    fn entry(&self, mount_point: PathBuf) -> Entry {
+    fn entry(&self, mount_point: PathBuf, phase: Phase) -> Entry {
         Entry {
             id: String::new(),
             image: self.source.path.clone(),
             export: self.source.export.clone(),
             partition: None,
             file_system: None,
-            device: None,
+            disk: None,
             mount_point,
             writable_scratch: self.writable_scratch,
             layer: false,
             process: Process::this(),
-            phase: Phase::Starting,
+            phase,
             created: Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             expires: self.expires.map(|moment| moment.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
         }
@@ -48,36 +53,56 @@ impl Wanted {
 /// Mounts an image. When it fails, nothing is left of it.
 pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
     serve::driver()?;
-    let at = wanted.at.as_deref().map(mount_point).transpose()?;
-    let mut entry = state::create(wanted.entry(at.unwrap_or_default()))?;
-    let directory = state::directory(&entry.id);
-    let mut backend = Backend::start(&directory).inspect_err(|_| drop(state::remove(&directory)))?;
+    let at = wanted.at.as_deref().map(directory).transpose()?;
+    let Entry { id, mount_point: at, .. } = begin(wanted.entry(at.unwrap_or_default(), Phase::Starting))?;
+    let mut backend = start(&id)?;
     let whole = backend.show(&wanted.source, None, false)?;
-    let layout = probe::disk(&whole.node, whole.size_bytes)?;
+    let layout = probe::disk(&whole.disk.device, whole.size_bytes)?;
     let content = layout.choose(wanted.partition)?;
     let type_name = content.type_name.clone().unwrap_or_default();
     let drivers = drivers(&type_name);
     let mut attempt = Attempt { backend: &mut backend, source: &wanted.source, content, whole: Some(whole), drivers };
-    let at = entry.mount_point.clone();
-    entry.layer = wanted.writable_scratch;
-    let device = match attempt.mount(&at, wanted.writable_scratch, wanted.writable_scratch)? {
-        Ok(device) => device,
+    let mut layer = wanted.writable_scratch;
+    let disk = match attempt.mount(&at, layer, wanted.writable_scratch)? {
+        Ok(disk) => disk,
         // it is to be recovered first, and nobody may write what is below
-        Err(Errno::EROFS) if !wanted.writable_scratch => {
-            entry.layer = true;
-            attempt.mount(&at, true, false)?.map_err(|e| refused(content, e))?
+        Err(Errno::EROFS) if !layer => {
+            layer = true;
+            attempt.mount(&at, layer, false)?.map_err(|e| refused(content, e))?
         }
         Err(e) => return Err(refused(content, e)),
     };
-    entry.partition = content.partition;
-    entry.file_system = Some(type_name);
-    entry.device = Some(device);
-    entry.phase = Phase::Mounted;
-    if let Err(why) = backend.keep(entry.clone()) {
-        let _ = mounts::detach(&at, true); // the process did so, unless it died
-        return Err(why);
+    let mounted = Mounted { partition: content.partition, file_system: type_name, layer };
+    backend.keep(mounted).inspect_err(|_| {
+        // told to end just before it was mounted, the process found nothing to unmount
+        if let Err(why) = mounts::unmount(&disk, true) {
+            warn!("{why}");
+        }
+    })
+}
+
+/// Makes the state of a restore. Two cannot begin at one directory: the second one finds the first one's state, or its
+/// mount.
+fn begin(entry: Entry) -> Result<Entry, String> {
+    let failed = |e: io::Error| format!("{}: {e}", state::ROOT);
+    let at = &entry.mount_point;
+    let said = |what: String| format!("{}: {what}", at.display());
+    let lock = state::lock().map_err(failed)?;
+    if !at.as_os_str().is_empty() {
+        let mut others = state::restores()?.into_iter().filter(|other| end::health(other) == Health::Starting);
+        if let Some(other) = others.find(|other| other.mount_point == *at) {
+            return Err(said(format!("restore {} is about to be mounted there; choose another directory", other.id)));
+        }
+        if mounts::is_mount_point(at).map_err(|e| said(e.to_string()))? {
+            return Err(said("something is mounted there already; unmount it, or choose another directory".to_owned()));
+        }
     }
-    Ok(entry)
+    state::create(&lock, entry).map_err(failed)
+}
+
+fn start(id: &str) -> Result<Backend, String> {
+    let directory = state::directory(id);
+    Backend::start(&directory).inspect_err(|_| drop(state::remove(&directory)))
 }
 
 /// Attempts to mount one file system.
@@ -91,9 +116,9 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// The device that is mounted, or the kernel's answer. `layer`: with a temporary layer over the image.
-    fn mount(&mut self, at: &Path, layer: bool, writable: bool) -> Result<Result<PathBuf, Errno>, String> {
-        let device = match self.whole.take() {
+    /// The disk that is mounted, or the kernel's answer. `layer`: with a temporary layer over the image.
+    fn mount(&mut self, at: &Path, layer: bool, writable: bool) -> Result<Result<Disk, Errno>, String> {
+        let shown = match self.whole.take() {
             Some(whole) if self.content.partition.is_none() && !layer => whole,
             _ => {
                 let place = self.content.place();
@@ -101,7 +126,7 @@ impl Attempt<'_> {
                 self.backend.show(self.source, window, layer)?
             }
         };
-        Ok(mounts::attach(&device.node, at, self.drivers, writable).map(|()| device.node))
+        Ok(mounts::attach(&shown.disk.device, at, self.drivers, writable).map(|()| shown.disk))
     }
 }
 
@@ -119,32 +144,24 @@ fn refused(content: &Content, e: Errno) -> String {
     }
 }
 
-/// Checks a directory that was named.
-fn mount_point(at: &Path) -> Result<PathBuf, String> {
+/// A directory that was named, without links.
+fn directory(at: &Path) -> Result<PathBuf, String> {
     let said = |what: &str| format!("{}: {what}", at.display());
     let at = fs::canonicalize(at).map_err(|e| said(&format!("{e}; the directory to mount at has to be there")))?;
-    if !at.is_dir() {
-        return Err(said("this is no directory"));
-    }
-    if mounts::is_mount_point(&at).map_err(|e| said(&e.to_string()))? {
-        return Err(said("something is mounted there already; unmount it, or choose another directory"));
-    }
-    Ok(at)
+    if at.is_dir() { Ok(at) } else { Err(said("this is no directory")) }
 }
 
 /// What is on a disk. Nothing is left of the look.
 pub fn inspect(source: &Source) -> Result<Layout, String> {
     serve::driver()?;
     let wanted = Wanted { source: source.clone(), at: None, partition: None, writable_scratch: false, expires: None };
-    let entry = state::create(wanted.entry(PathBuf::new()))?;
-    let directory = state::directory(&entry.id);
-    let mut backend = Backend::start(&directory).inspect_err(|_| drop(state::remove(&directory)))?;
+    let mut backend = start(&begin(wanted.entry(PathBuf::new(), Phase::Inspecting))?.id)?;
     let whole = backend.show(source, None, false)?;
-    let mut layout = probe::disk(&whole.node, whole.size_bytes)?;
+    let mut layout = probe::disk(&whole.disk.device, whole.size_bytes)?;
     for content in layout.contents.iter_mut().filter(|content| content.kind == Kind::Lvm) {
         let window = content.partition.map(|_| (content.start_bytes, content.size_bytes));
-        let device = backend.show(source, window, false)?;
-        match probe::volumes(&device.node) {
+        let shown = backend.show(source, window, false)?;
+        match probe::volumes(&shown.disk.device) {
             Ok((group, volumes)) => {
                 content.volume_group = Some(group);
                 content.logical_volumes = volumes;

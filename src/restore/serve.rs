@@ -5,8 +5,9 @@
 //! the state. It unmounts what is still mounted in its namespace, which is its caller's. The device has no recovery: when
 //! this process dies, whoever reads gets errors, and [`super::end`] does the rest.
 
+use super::disk::Disk;
 use super::source::Source;
-use super::state::{self, Entry, Process};
+use super::state::{self, Entry, Phase, Process};
 use super::{expiry, mounts};
 use crate::export::device_keys::DeviceKeys;
 use crate::export::plan::Plan;
@@ -18,7 +19,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, Write};
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
@@ -44,7 +45,18 @@ pub enum Order {
         layer: bool,
     },
     /// It is mounted: go on without the command.
-    Keep(Box<Entry>),
+    Keep(Mounted),
+}
+
+/// What is mounted.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Mounted {
+    /// The partition; none: the whole disk.
+    pub partition: Option<u32>,
+    /// The file system.
+    pub file_system: String,
+    /// There is a temporary layer over the image.
+    pub layer: bool,
 }
 
 /// What is answered, a line of JSON each.
@@ -53,13 +65,13 @@ pub enum Order {
 pub enum Answer {
     /// The block device is there.
     Device {
-        /// Where.
-        node: PathBuf,
+        /// Which.
+        disk: Disk,
         /// Size in bytes.
         size_bytes: u64,
     },
-    /// The command can go.
-    Kept,
+    /// The command can go. What is known of the restore.
+    Kept(Box<Entry>),
     /// It cannot be done.
     Failed(String),
 }
@@ -76,10 +88,13 @@ enum Event {
 
 /// Serves one restore. `directory`: where its state is.
 pub fn run(directory: &Path) -> Result<(), String> {
+    let failed = |e| format!("{}: {e}", directory.display());
+    // the command will be gone when somebody asks whether the restore is alive
+    let entry = state::update(directory, |entry| entry.process = Process::this()).map_err(failed)?;
     let (tell, events) = mpsc::channel();
     catch_signals(tell.clone())?;
     read_orders(tell.clone())?;
-    let mut server = Server { directory, tell, events, shown: 0, device: None, kept: None };
+    let mut server = Server { directory, tell, events, shown: 0, device: None, entry };
     let why = server.serve();
     info!("{why}");
     server.end();
@@ -118,7 +133,8 @@ struct Server<'a> {
     /// Devices that there were.
     shown: u32,
     device: Option<Single>,
-    kept: Option<Entry>,
+    /// As it was written last.
+    entry: Entry,
 }
 
 impl Server<'_> {
@@ -130,11 +146,11 @@ impl Server<'_> {
                     Ok(answer) => say(&answer),
                     Err(why) => say(&Answer::Failed(why)),
                 },
-                Ok(Event::Order(Order::Keep(entry))) => match self.keep(*entry) {
-                    Ok(()) => say(&Answer::Kept),
+                Ok(Event::Order(Order::Keep(mounted))) => match self.keep(mounted) {
+                    Ok(()) => say(&Answer::Kept(Box::new(self.entry.clone()))),
                     Err(why) => say(&Answer::Failed(why)),
                 },
-                Ok(Event::HungUp) if self.kept.is_none() => return "the command has gone: ending".to_owned(),
+                Ok(Event::HungUp) if !self.is_kept() => return "the command has gone: ending".to_owned(),
                 Ok(Event::Gone(number, result)) if number == self.shown => {
                     self.device = None;
                     return match result {
@@ -146,11 +162,15 @@ impl Server<'_> {
                 Ok(Event::HungUp | Event::Gone(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return "nobody is left to say anything: ending".to_owned(),
             }
-            let expires = self.kept.as_ref().and_then(|entry| entry.expires.as_deref());
-            if expiry::is_over(expires, Timestamp::now()) {
+            if self.is_kept() && expiry::is_over(self.entry.expires.as_deref(), Timestamp::now()) {
                 return "its time is over: ending".to_owned();
             }
         }
+    }
+
+    /// Whether the command was told that it can go.
+    fn is_kept(&self) -> bool {
+        self.entry.phase == Phase::Mounted
     }
 
     fn show(&mut self, source: &Source, window: Option<(u64, u64)>, layer: bool) -> Result<Answer, String> {
@@ -170,22 +190,30 @@ impl Server<'_> {
         self.shown += 1;
         let (tell, number) = (self.tell.clone(), self.shown);
         let gone = move |result| drop(tell.send(Event::Gone(number, result)));
-        let device = Single::start(export, keys, gone)?;
-        let node = device.node();
-        let size_bytes = device.size_bytes()?;
-        self.device = Some(device);
-        Ok(Answer::Device { node, size_bytes })
+        let device = self.device.insert(Single::start(export, keys, gone)?);
+        let (disk, size_bytes) = (Disk::at(device.node())?, device.size_bytes()?);
+        // before anybody can mount it: when this process is killed, somebody has to find what it leaves
+        self.update(|entry| entry.disk = Some(disk.clone()))?;
+        Ok(Answer::Device { disk, size_bytes })
     }
 
-    fn keep(&mut self, mut entry: Entry) -> Result<(), String> {
+    fn keep(&mut self, mounted: Mounted) -> Result<(), String> {
         let device = self.device.as_ref().ok_or("there is no device to keep")?;
-        entry.process = Process::this();
-        entry.device = Some(device.node());
-        state::write(self.directory, &entry).map_err(|e| format!("{}: {e}", self.directory.display()))?;
-        info!("{} is mounted at {}", entry.image.display(), entry.mount_point.display());
         // it is mounted: nobody has it open from the moment on when it is not any more
         device.leave(false);
-        self.kept = Some(entry);
+        self.update(|entry| {
+            entry.partition = mounted.partition;
+            entry.file_system = Some(mounted.file_system);
+            entry.layer = mounted.layer;
+            entry.phase = Phase::Mounted;
+        })?;
+        info!("{} is mounted at {}", self.entry.image.display(), self.entry.mount_point.display());
+        Ok(())
+    }
+
+    fn update(&mut self, change: impl FnOnce(&mut Entry)) -> Result<(), String> {
+        let changed = state::update(self.directory, change);
+        self.entry = changed.map_err(|e| format!("{}: {e}", self.directory.display()))?;
         Ok(())
     }
 
@@ -219,14 +247,15 @@ impl Server<'_> {
         }
     }
 
-    /// Unmounts what is mounted, deletes the device, removes the state.
+    /// Unmounts what is mounted, deletes the device, removes the state. What cannot be unmounted keeps its state, so that
+    /// others can go on with it.
     fn end(&mut self) {
         // one that has failed is still mounted
-        let kept = self.kept.as_ref().and_then(|entry| entry.device.clone());
-        let node = kept.or_else(|| self.device.as_ref().map(Single::node));
-        if let Some(node) = node.filter(|node| unmount(node)) {
-            let why = "it was in use: who has files of it open gets errors from now on";
-            self.warn_everybody(&format!("{}: {why}", node.display()));
+        let unmounted = self.entry.disk.as_ref().map_or(Ok(false), |disk| mounts::unmount(disk, true));
+        match &unmounted {
+            Ok(false) => {}
+            Ok(true) => self.warn_everybody("it was in use: who has files of it open gets errors from now on"),
+            Err(why) => self.warn_everybody(&format!("{why}; then use cowgate restore umount {}", self.entry.id)),
         }
         if let Some(device) = self.device.take() {
             device.leave(true);
@@ -235,7 +264,9 @@ impl Server<'_> {
                 warn!("{}: somebody still has it open", device.node().display());
             }
         }
-        if let Err(e) = state::remove(self.directory) {
+        if unmounted.is_ok()
+            && let Err(e) = state::remove(self.directory)
+        {
             error!("{}: {e}", self.directory.display());
         }
     }
@@ -243,28 +274,12 @@ impl Server<'_> {
     /// The log is removed with the rest: what somebody will wonder about goes to the machine's, too.
     fn warn_everybody(&self, what: &str) {
         warn!("{what}");
-        let name = self.kept.as_ref().map_or("a restore".to_owned(), |entry| {
-            format!("the restore of {} at {}", entry.image.display(), entry.mount_point.display())
-        });
+        let Entry { image, mount_point, .. } = &self.entry;
+        let name = format!("the restore of {} at {}", image.display(), mount_point.display());
         // facility daemon, severity warning
         let line = format!("<28>cowgate[{}]: {name} has ended: {what}", std::process::id());
         let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(line.as_bytes(), "/dev/log")); // none may be there
     }
-}
-
-/// Unmounts a device everywhere in this namespace. Whether somebody used it.
-pub(super) fn unmount(device: &Path) -> bool {
-    let mut in_use = false;
-    for at in mounts::of(device) {
-        if mounts::detach(&at, false).is_ok() {
-            continue;
-        }
-        in_use = true;
-        if let Err(e) = mounts::detach(&at, true) {
-            error!("{}: it cannot be unmounted: {e}", at.display());
-        }
-    }
-    in_use
 }
 
 /// Whether there is a driver to make devices with.

@@ -3,11 +3,16 @@
 //!
 //! The command makes the directory; from then on its process writes the file, and removes all of it at its end. When that
 //! process has died, whoever finds out ends the restore in its place: see [`super::end`].
+//!
+//! The [`Lock`] makes these one after the other: making a directory, writing a file anew, ending in another's place. It is
+//! held for moments, never while a device is made or mounted.
 
+use super::disk::Disk;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, DirEntry, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -27,6 +32,8 @@ pub enum Phase {
     Starting,
     /// It was mounted.
     Mounted,
+    /// It is only looked at, by a command that waits for it.
+    Inspecting,
 }
 
 /// A process that is not mistaken for a later one of the same number.
@@ -51,9 +58,10 @@ pub struct Entry {
     pub partition: Option<u32>,
     /// The file system.
     pub file_system: Option<String>,
-    /// The block device.
-    pub device: Option<PathBuf>,
-    /// Where it is mounted.
+    /// The block device; none: there is none yet.
+    #[serde(flatten)]
+    pub disk: Option<Disk>,
+    /// Where it is mounted, or will be.
     pub mount_point: PathBuf,
     /// What is written is thrown away; else nothing can be.
     pub writable_scratch: bool,
@@ -104,26 +112,50 @@ pub fn log(directory: &Path) -> PathBuf {
     directory.join(LOG)
 }
 
-/// Makes a directory for a new restore; `entry` gets its name and, if it has none, a mount point there.
-pub fn create(mut entry: Entry) -> Result<Entry, String> {
-    let failed = |e: io::Error| format!("{ROOT}: {e}");
-    ready().map_err(failed)?;
+/// Of all restores' state; see above.
+#[must_use = "dropped, it lets others change the state"]
+pub struct Lock(#[expect(dead_code, reason = "held")] Flock<File>);
+
+/// Waits for the lock.
+pub fn lock() -> io::Result<Lock> {
+    ready()?;
+    Flock::lock(File::open(ROOT)?, FlockArg::LockExclusive).map(Lock).map_err(|(_, e)| e.into())
+}
+
+/// Makes a directory for a new restore; `entry` gets its name and, if it is to be mounted and has none, a mount point there.
+pub fn create(_lock: &Lock, mut entry: Entry) -> io::Result<Entry> {
     let private = || {
         let mut builder = DirBuilder::new();
         builder.mode(0o700);
         builder
     };
-    entry.id = fresh_id().map_err(failed)?;
+    entry.id = fresh_id()?;
     let directory = directory(&entry.id);
     // complete before others can see it
     let hidden = Path::new(ROOT).join(format!(".{}", entry.id));
-    private().create(&hidden).map_err(failed)?;
-    if entry.mount_point.as_os_str().is_empty() {
-        private().create(hidden.join(MOUNT_POINT)).map_err(failed)?;
+    private().create(&hidden)?;
+    if entry.phase == Phase::Starting && entry.mount_point.as_os_str().is_empty() {
+        private().create(hidden.join(MOUNT_POINT))?;
         entry.mount_point = directory.join(MOUNT_POINT);
     }
-    write(&hidden, &entry).and_then(|()| fs::rename(&hidden, &directory)).map_err(failed)?;
+    write(&hidden, &entry)?;
+    fs::rename(&hidden, &directory)?;
     Ok(entry)
+}
+
+/// Removes directories that were not complete when whoever made them was killed.
+pub fn remove_unfinished() -> io::Result<()> {
+    let unfinished = || -> io::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(ROOT)?.collect::<io::Result<Vec<_>>>()?;
+        let hidden = entries.iter().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"."));
+        Ok(hidden.map(DirEntry::path).collect())
+    };
+    if unfinished()?.is_empty() {
+        return Ok(());
+    }
+    // whoever makes one holds the lock until it is complete
+    let _lock = lock()?;
+    unfinished()?.iter().try_for_each(|directory| remove(directory))
 }
 
 /// The directory of all restores, made if it is not there. Others than root must not have put anything into it.
@@ -141,23 +173,45 @@ fn ready() -> io::Result<()> {
 
 fn fresh_id() -> io::Result<String> {
     let mut bytes = [0; 4];
-    fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Writes a restore's file, whole or not at all.
-pub fn write(directory: &Path, entry: &Entry) -> io::Result<()> {
+fn write(directory: &Path, entry: &Entry) -> io::Result<()> {
     let fresh = directory.join(".state");
     fs::write(&fresh, serde_json::to_string_pretty(entry)? + "\n")?;
     fs::rename(fresh, directory.join(FILE))
 }
 
-/// Reads it.
-pub fn read(directory: &Path) -> io::Result<Entry> {
+/// Changes it. One that has been removed is an error.
+pub fn update(directory: &Path, change: impl FnOnce(&mut Entry)) -> io::Result<Entry> {
+    let _lock = lock()?;
+    let mut entry = read(directory)?;
+    change(&mut entry);
+    write(directory, &entry)?;
+    Ok(entry)
+}
+
+fn read(directory: &Path) -> io::Result<Entry> {
     Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
 }
 
-/// All restores, by their names.
+/// What is known of a restore now. None: it has ended.
+pub fn get(id: &str) -> io::Result<Option<Entry>> {
+    match read(&directory(id)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+/// All restores that somebody has mounted, or is about to mount, by their age.
+pub fn restores() -> Result<Vec<Entry>, String> {
+    let all = all()?.into_iter();
+    Ok(all.filter(|entry| entry.phase != Phase::Inspecting).collect())
+}
+
+/// The same with those that are only looked at.
 pub fn all() -> Result<Vec<Entry>, String> {
     let failed = |e: io::Error| format!("{ROOT}: {e}");
     match fs::symlink_metadata(ROOT) {
@@ -168,10 +222,8 @@ pub fn all() -> Result<Vec<Entry>, String> {
     for entry in fs::read_dir(ROOT).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         let Some(id) = name.to_str().filter(|id| !id.starts_with('.')) else { continue };
-        match read(&directory(id)) {
-            Ok(entry) => found.push(entry),
-            // it has just ended
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        match get(id) {
+            Ok(entry) => found.extend(entry),
             Err(e) => warn!("{}: {e}; unmount what is mounted there, and remove it", directory(id).display()),
         }
     }

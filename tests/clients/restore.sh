@@ -18,17 +18,20 @@ mounts() { # arguments
 }
 ends() { "$cowgate" restore umount "$@" >/dev/null || fail "restore umount $*"; }
 process() { python3 -c 'import json,sys; print(json.load(open(sys.argv[1]))["process"]["pid"])' "$state/$1/state.json"; }
-refuses() { # what it says, command
+fails() { # what it says, command
     local says=$1
     shift
     if "$@" >"$dir/said" 2>&1; then fail "this succeeded: $*"; fi
     grep -q -- "$says" "$dir/said" || fail "it does not say \"$says\" but: $(cat "$dir/said")"
-    nothing_is_left
+}
+refuses() { # the same
+    fails "$@"
+    all_has_ended
 }
 is_empty() { [ -z "$(ls -A "$1" 2>/dev/null)" ]; }
-nothing_is_left() {
+all_has_ended() {
     is_empty "$state" || fail "there is something left: $(find "$state")"
-    until_true "the last device's end" bash -c '! ls /dev/ublkb*' # the driver's own work may take a moment
+    until_true "the last device's end" bash -c '! ls /dev/ublk[bc][0-9]*' # the driver's own work may take a moment
     if pgrep -f 'restore serve' >/dev/null; then fail "a process is left"; fi
 }
 files() { # into a directory
@@ -39,6 +42,23 @@ files() { # into a directory
 holds_files() {
     equal "hello" "$(cat "$1/hello")" hello
     cmp "$(dirname "$0")/guest.sh" "$1/deep/guest.sh" || fail "a file has changed"
+}
+kills() { # a restore's process
+    kill -9 "$(process "$1")"
+    until_true "its end" bash -c "! test -e $device"
+}
+# A restore that gets no further than the look at its disk, until the file is removed; sets `command` and `id`.
+begins() { # arguments
+    touch "$dir/hold"
+    PATH=$dir/slow:$PATH "$cowgate" restore "$@" >"$dir/begun" 2>&1 &
+    command=$!
+    # shellcheck disable=SC2016
+    until_true "the look at the disk" bash -c 'grep -q device "$1"/*/state.json' - "$state"
+    id=$(basename "$state"/*)
+}
+goes_on() {
+    rm "$dir/hold"
+    wait "$command"
 }
 mode_of() { awk -v at="$1" '$5 == at { print $6 }' /proc/self/mountinfo; }
 is_safe() { # mount point, ro or rw
@@ -51,6 +71,13 @@ touch "$dir/log"
 printf '[generic]\nincludedir = %s\n' "$dir/conf.d" >"$dir/config"
 touch "$dir/full/file" "$dir/plain"
 modprobe loop
+mkdir "$dir/slow"
+cat >"$dir/slow/blkid" <<END
+#!/bin/sh
+while [ -e "$dir/hold" ]; do sleep 0.1; done
+exec $(command -v blkid) "\$@"
+END
+chmod +x "$dir/slow/blkid"
 
 say "without the driver"
 truncate -s 20M "$dir/blank.raw"
@@ -124,7 +151,7 @@ if "$cowgate" restore umount "$id" 2>"$dir/said"; then fail "it was in use"; fi
 grep -q "is in use: fuser" "$dir/said" || fail "it says $(cat "$dir/said")"
 exec 8<&-
 ends "$id"
-nothing_is_left
+all_has_ended
 
 say "a journal to replay, over a chain"
 mounts "$dir/dirty.qcow2" --at "$dir/at" --scratch-dir /run
@@ -135,7 +162,7 @@ equal "what was in the journal" "$(cat "$at/late")" late
 equal "a layer" "$(field layer)" True
 refuses_here
 ends "$dir/at"
-nothing_is_left
+all_has_ended
 
 say "xfs, while the original is mounted"
 mount -o loop "$dir/xfs.raw" /mnt
@@ -145,7 +172,7 @@ equal "what was in the log" "$(cat "$at/late")" late
 is_safe "$at" ro
 ends "$at"
 umount /mnt
-nothing_is_left
+all_has_ended
 # mounting wrote to the original
 md5sum "$dir"/*.qcow2 "$dir"/*.raw >"$dir/sums"
 
@@ -162,7 +189,7 @@ grep -Eq "^1 +1048576 +100 MiB +ext4 +first .* the first +yes$" "$dir/said" || f
 grep -Eq "^2 +105906176 .* ntfs +windows .* second +yes$" "$dir/said" || fail "$(cat "$dir/said")"
 restore inspect --json "$dir/table.raw" | python3 -c 'import json,sys; d=json.load(sys.stdin)
 assert d["table"]=="gpt" and [c["type"] for c in d["contents"]]==["ext4","ntfs"] and d["size_bytes"]==150<<20, d'
-nothing_is_left
+all_has_ended
 refuses "choose one with --partition N; there are:" restore mount "$dir/table.raw"
 refuses "there is no partition 3; there are:" restore mount "$dir/table.raw" --partition 3
 mounts "$dir/table.raw" --partition 1
@@ -176,7 +203,7 @@ equal "its options" "$(field file_system)" ntfs
 equal "what is listed" "$("$cowgate" restore list --json | python3 -c 'import json,sys; print(len(json.load(sys.stdin)))')" 2
 [ "$first" != "$id" ] || fail "two of one name"
 ends --all
-nothing_is_left
+all_has_ended
 # the kernel looks for no partitions on the disk
 printf '[disk]\nexportname = %s\nreadonly = true\n' "$dir/table.raw" >"$dir/conf.d/disk.conf"
 mounts disk --partition 1
@@ -207,7 +234,7 @@ say "expiry"
 mounts "$dir/clean.qcow2" --expires 2s
 until_true "the end" is_empty "$state"
 [ -z "$(mode_of "$at")" ] || fail "it is still mounted"
-nothing_is_left
+all_has_ended
 say "a process that is told to stop, and one that is killed"
 mounts "$dir/clean.qcow2" --at "$dir/at"
 exec 8<"$at/hello"
@@ -215,27 +242,24 @@ kill "$(process "$id")"
 until_true "the end of one that is in use" is_empty "$state"
 [ -z "$(mode_of "$at")" ] || fail "it is still mounted"
 exec 8<&-
-nothing_is_left
+all_has_ended
 mounts "$dir/clean.qcow2"
-dead=$(process "$id")
-kill -9 "$dead"
-until_true "its end" bash -c "! test -e $device"
+kills "$id"
 "$cowgate" restore list | grep -q "^$id *dead" || fail "the list: $("$cowgate" restore list)"
 if md5sum "$at"/deep/* >/dev/null 2>&1 && dd if="$at/deep/guest.sh" of=/dev/null iflag=direct status=none 2>/dev/null; then fail "a dead device is read"; fi
 ends "$id"
-nothing_is_left
+all_has_ended
 # the same, found by the next command after its time, while somebody still uses it
 dies_and_expires() {
     mounts "$dir/clean.qcow2" --expires 1h
     exec 8<"$at/hello"
-    kill -9 "$(process "$id")"
-    until_true "its end" bash -c "! test -e $device"
+    kills "$id"
     sed -i 's/"expires": ".*"/"expires": "2026-01-01T00:00:00Z"/' "$state/$id/state.json"
 }
 dies_and_expires
 equal "what is left" "$("$cowgate" restore list | wc -l)" 1
 exec 8<&-
-nothing_is_left
+all_has_ended
 # and by the daemon's start
 dies_and_expires
 configure ""
@@ -244,7 +268,88 @@ is_empty "$state" || fail "the daemon has left it"
 stop
 exec 8<&-
 rm "$dir"/conf.d/*
-nothing_is_left
+all_has_ended
+
+say "a device's number that is another restore's by now"
+mounts "$dir/clean.qcow2"
+old=$id old_device=$device
+kills "$id"
+umount "$at"
+"$cowgate" ublk delete "${device#/dev/ublkb}" >/dev/null
+mounts "$dir/table.raw" --partition 1
+equal "the device" "$device" "$old_device"
+ends "$old"
+is_safe "$at" ro
+holds_files "$at"
+ends "$id"
+all_has_ended
+
+say "something is mounted over it"
+mounts "$dir/clean.qcow2" --at "$dir/at"
+mount -t tmpfs over "$dir/at"
+fails "something else is mounted over $dir/at" "$cowgate" restore umount "$id" --force
+served=$(process "$id")
+kill "$served"
+until_true "the end of its process" bash -c "! kill -0 $served"
+equal "what is on top" "$(findmnt -n -o SOURCE "$dir/at" | tail -n 1)" over
+umount "$dir/at"
+"$cowgate" restore list | grep -q "^$id *dead" || fail "the list: $("$cowgate" restore list)"
+ends "$id"
+[ -z "$(mode_of "$dir/at")" ] || fail "it is still mounted"
+all_has_ended
+
+say "two at one directory"
+restore mount "$dir/clean.qcow2" --at "$dir/at" >"$dir/said" 2>&1 &
+other=$!
+succeeded=0
+if restore mount "$dir/table.raw" --partition 1 --at "$dir/at" >>"$dir/said" 2>&1; then succeeded=1; fi
+if wait "$other"; then succeeded=$((succeeded + 1)); fi
+equal "those that succeeded" "$succeeded" 1
+grep -Eq "is about to be mounted there|something is mounted there already" "$dir/said" || fail "$(cat "$dir/said")"
+ends "$dir/at"
+all_has_ended
+
+say "all, one of them in use"
+mounts "$dir/clean.qcow2"
+exec 8<"$at/hello"
+used=$id
+mounts "$dir/table.raw" --partition 1
+fails "is in use: fuser" "$cowgate" restore umount --all
+equal "what is left" "$(basename "$state"/*)" "$used"
+ends --all --force
+exec 8<&-
+all_has_ended
+
+say "what is not mounted yet"
+begins inspect "$dir/clean.qcow2"
+equal "what is listed of a look" "$("$cowgate" restore list | wc -l)" 1
+ends --all
+goes_on || fail "the look: $(cat "$dir/begun")"
+begins mount "$dir/clean.qcow2" --at "$dir/at"
+fails "it is about to be mounted; wait" "$cowgate" restore umount --all
+fails "restore $id is about to be mounted there" restore mount "$dir/table.raw" --partition 1 --at "$dir/at"
+ends --force "$id"
+if goes_on; then fail "it was told to end"; fi
+all_has_ended
+# its process is killed
+begins mount "$dir/clean.qcow2"
+kill -9 "$(process "$id")"
+if goes_on; then fail "it has no process"; fi
+all_has_ended
+# so is the command, when it has just mounted: the process waits to write that down
+begins mount "$dir/clean.qcow2" --at "$dir/at"
+served=$(process "$id")
+exec 7<"$state"
+flock 7
+rm "$dir/hold"
+until_true "the mount" mountpoint "$dir/at"
+kill -9 "$command" "$served"
+wait "$command" || true
+exec 7<&-
+mkdir -p "$state/.half/mnt"
+equal "what is left" "$("$cowgate" restore list | wc -l)" 1
+[ -z "$(mode_of "$dir/at")" ] || fail "it is still mounted"
+all_has_ended
 
 say "what cannot be"
 truncate -s 1M "$dir/empty.raw"
@@ -287,7 +392,7 @@ wait "$writer" || true
 "$cowgate" restore mount "$dir/clean.qcow2" --at "$dir/full" >/dev/null 2>"$dir/said"
 grep -q "is not empty: its files are hidden" "$dir/said" || fail "it does not warn"
 ends "$dir/full"
-nothing_is_left
+all_has_ended
 
 say "LVM"
 truncate -s 40M "$dir/lvm.raw"

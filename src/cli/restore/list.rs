@@ -23,7 +23,7 @@ struct Listed<'a> {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
-    let entries = state::all()?;
+    let entries = state::restores()?;
     let listed: Vec<Listed<'_>> = entries.iter().map(|entry| Listed { state: health(entry), entry }).collect();
     if args.json {
         return print_json(&listed).map(|()| ExitCode::SUCCESS);
@@ -40,7 +40,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
             entry.id.clone(),
             state.to_owned(),
             entry.mount_point.display().to_string(),
-            entry.device.as_ref().map_or("-".to_owned(), |device| device.display().to_string()),
+            entry.disk.as_ref().map_or("-".to_owned(), |disk| disk.device.display().to_string()),
             if entry.writable_scratch { "scratch" } else { "read-only" }.to_owned(),
             entry.expires.clone().unwrap_or_else(|| "-".to_owned()),
             entry.image.display().to_string() + &part,

@@ -20,7 +20,7 @@ pub(in crate::cli) struct Args {
 
 /// Ends as many as it can; exit status 1 when one is left.
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
-    let entries = state::all()?;
+    let entries = state::restores()?;
     let mut status = ExitCode::SUCCESS;
     let mut fail = |why: String| {
         eprintln!("cowgate: {why}");
@@ -37,7 +37,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
         wanted.extend(&entries);
     }
     for entry in wanted {
-        match unmount_one(entry, args.force) {
+        match unmount_one(&entry.id, args.force) {
             Ok(()) => say(&format!("{} is unmounted\n", entry.mount_point.display()))?,
             Err(why) => fail(why),
         }

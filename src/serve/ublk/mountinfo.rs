@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 /// A mount. Its paths may have any bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// The mount's number.
+    pub id: u64,
     /// The file system's device number, `major:minor`; one of its own with some (btrfs).
     pub number: String,
     /// Where.
@@ -34,11 +36,12 @@ pub(super) fn parse(table: &[u8]) -> Vec<Mount> {
 
 fn line(line: &[u8]) -> Option<Mount> {
     let words: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+    let id = std::str::from_utf8(words.first()?).ok()?.parse().ok()?;
     let number = std::str::from_utf8(words.get(2)?).ok()?.to_owned();
     let at = unescaped(words.get(4)?);
     // any number of optional fields, then this
     let separator = words.iter().position(|word| *word == b"-")?;
-    Some(Mount { number, at, source: unescaped(words.get(separator + 2)?) })
+    Some(Mount { id, number, at, source: unescaped(words.get(separator + 2)?) })
 }
 
 /// The kernel writes blanks, line ends and backslashes as `\NNN`, octal.
