@@ -3,12 +3,21 @@
 #[cfg(feature = "ublk")]
 pub use crate::serve::ublk::Devices;
 
-/// Ends restores that nobody else ends any more.
+/// Ends restores that nobody else ends any more, where it can be done: a daemon in a mount namespace of its own, as
+/// systemd's hardening makes one, would unmount nothing but its own view, and may be killed for the attempt
+/// (SystemCallFilter).
 #[cfg(feature = "ublk")]
 pub(super) fn sweep() {
-    if nix::unistd::geteuid().is_root() {
+    if nix::unistd::geteuid().is_root() && mounts_are_the_machines() {
         crate::restore::end::sweep();
     }
+}
+
+/// Whether what this process mounts and unmounts is so for the machine. It may not be allowed to know.
+#[cfg(feature = "ublk")]
+fn mounts_are_the_machines() -> bool {
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    namespace("1").is_some_and(|machines| namespace("self") == Some(machines))
 }
 
 /// There can be none.

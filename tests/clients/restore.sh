@@ -260,9 +260,15 @@ dies_and_expires
 equal "what is left" "$("$cowgate" restore list | wc -l)" 1
 exec 8<&-
 all_has_ended
-# and by the daemon's start
+# and by the start of a daemon, but not of one whose mounts are its own
 dies_and_expires
 configure ""
+printf '#!/bin/sh\nexec unshare --mount --propagation slave %s "$@"\n' "$cowgate" >"$dir/apart"
+chmod +x "$dir/apart"
+cowgate=$dir/apart start
+stop
+[ -e "$state/$id" ] || fail "a daemon apart has ended it"
+[ -n "$(mode_of "$at")" ] || fail "a daemon apart has unmounted it"
 start
 is_empty "$state" || fail "the daemon has left it"
 stop
