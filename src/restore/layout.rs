@@ -116,18 +116,34 @@ pub struct Driver {
     pub name: &'static str,
     /// Options of every mount.
     pub options: &'static str,
+    /// Further options of a mount that does not write.
+    pub read_only_options: &'static str,
     /// Further options of a mount that writes.
     pub writable_options: &'static str,
+}
+
+impl Driver {
+    /// The options of a mount for mount(2).
+    pub fn options(&self, writable: bool) -> String {
+        let more = if writable { self.writable_options } else { self.read_only_options };
+        let options = [self.options, more].into_iter().filter(|options| !options.is_empty());
+        options.collect::<Vec<_>>().join(",")
+    }
 }
 
 /// The drivers of a file system as blkid names it, to be tried one after the other. The list is short on purpose: what is
 /// mounted here is hostile as long as nobody knows better, and these drivers are looked after.
 pub fn drivers(kind: &str) -> &'static [Driver] {
     const fn plain(name: &'static str) -> Driver {
-        Driver { name, options: "", writable_options: "" }
+        Driver { name, options: "", read_only_options: "", writable_options: "" }
     }
     match kind {
-        "ext2" | "ext3" | "ext4" => const { &[plain("ext4")] },
+        // the file system itself says what errors do if we do not, and may say "panic"
+        "ext2" | "ext3" | "ext4" => {
+            const EXT4: Driver =
+                Driver { read_only_options: "errors=continue", writable_options: "errors=remount-ro", ..plain("ext4") };
+            &[EXT4]
+        }
         // the original may be mounted on this machine
         "xfs" => const { &[Driver { options: "nouuid", ..plain("xfs") }] },
         "btrfs" => const { &[plain("btrfs")] },
@@ -355,6 +371,17 @@ mod tests {
         assert_eq!(found[1].name.as_deref(), Some("data"));
         let empty = parse_table(r#"{"partitiontable": {"label":"dos"}}"#, 512).unwrap();
         assert_eq!(empty, ("dos".to_owned(), vec![]));
+    }
+
+    #[test]
+    fn options_of_mounts() {
+        let options = |kind, writable| drivers(kind)[0].options(writable);
+        assert_eq!(
+            (options("ext4", false), options("ext2", true)),
+            ("errors=continue".into(), "errors=remount-ro".into())
+        );
+        assert_eq!((options("xfs", true), options("btrfs", false)), ("nouuid".into(), String::new()));
+        assert_eq!((options("ntfs", true), options("ntfs", false)), ("force".into(), String::new()));
     }
 
     #[test]

@@ -44,11 +44,7 @@ pub fn attach(device: &Path, at: &Path, drivers: &[Driver], writable: bool) -> R
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let flags = if writable { safe } else { safe | MsFlags::MS_RDONLY };
     for driver in drivers {
-        let more = if writable { driver.writable_options } else { "" };
-        let options =
-            [driver.options, more].into_iter().filter(|option| !option.is_empty()).collect::<Vec<_>>().join(",");
-        let options = Some(options.as_str()).filter(|options| !options.is_empty());
-        match mount(Some(device), at, Some(driver.name), flags, options) {
+        match mount(Some(device), at, Some(driver.name), flags, Some(driver.options(writable).as_str())) {
             Err(Errno::ENODEV) => {}
             answer => return answer,
         }

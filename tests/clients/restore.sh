@@ -118,6 +118,10 @@ mount -t "$ntfs" "$loop" /mnt
 files /mnt
 umount /mnt
 losetup -d "$loop"
+# a file system that asks for a panic as soon as something is wrong with it, as it is with a file
+truncate -s 8M "$dir/panic.raw"
+mkfs.ext4 -q -e panic -d "$(dirname "$0")" "$dir/panic.raw"
+debugfs -w -R "set_inode_field restore.sh mode 0" "$dir/panic.raw" 2>/dev/null
 truncate -s 310M "$dir/xfs.raw"
 mkfs.xfs -q -L bigger "$dir/xfs.raw"
 mount -o loop "$dir/xfs.raw" /mnt
@@ -175,6 +179,15 @@ umount /mnt
 all_has_ended
 # mounting wrote to the original
 md5sum "$dir"/*.qcow2 "$dir"/*.raw >"$dir/sums"
+
+say "a file system that asks for a panic"
+mounts "$dir/panic.raw"
+cmp "$at/guest.sh" "$(dirname "$0")/guest.sh"
+fails "Structure needs cleaning" stat "$at/restore.sh"
+ends "$id"
+mounts "$dir/panic.raw" --writable-scratch --scratch-dir /run
+fails "Structure needs cleaning" stat "$at/restore.sh"
+ends "$id"
 
 say "btrfs"
 mounts "$dir/btrfs.raw"
