@@ -1,4 +1,4 @@
-//! What is known of each restore: a directory `/run/cowgate/restore/ID` for each, for root alone, with a JSON file, the
+//! What is known of each restore: a directory `/run/cowgate-restore/ID` for each, for root alone, with a JSON file, the
 //! log of its process, and the mount point if none was named.
 //!
 //! The command makes the directory; from then on its process writes the file, and removes all of it at its end. When that
@@ -19,7 +19,9 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 /// Where the directories are.
-pub const ROOT: &str = "/run/cowgate/restore";
+///
+/// Not below /run/cowgate, which belongs to the user that a daemon's configuration names: what is in here is believed.
+pub const ROOT: &str = "/run/cowgate-restore";
 const FILE: &str = "state.json";
 const LOG: &str = "log";
 const MOUNT_POINT: &str = "mnt";

@@ -5,7 +5,7 @@ set -euo pipefail
 cowgate=$1
 # shellcheck source=tests/clients/guest.sh
 . "$(dirname "$0")/guest.sh"
-state=/run/cowgate/restore
+state=/run/cowgate-restore
 
 restore() { "$cowgate" restore "$@" -c "$dir/config"; }
 field() { # of the last mount, its name
