@@ -2,6 +2,7 @@
 //! decisions out. All of it comes from a disk that somebody else has written.
 
 use crate::units::ByteRange;
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -46,13 +47,13 @@ pub enum Kind {
 /// What blkid finds at the beginning of a disk or partition.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Signature {
-    /// `TYPE`.
+    /// `ID_FS_TYPE`.
     pub kind: Option<String>,
-    /// `LABEL`.
+    /// `ID_FS_LABEL_ENC`.
     pub label: Option<String>,
-    /// `UUID`.
+    /// `ID_FS_UUID_ENC`.
     pub uuid: Option<String>,
-    /// `PTTYPE`.
+    /// `ID_PART_TABLE_TYPE`.
     pub table: Option<String>,
 }
 
@@ -107,6 +108,8 @@ pub struct Layout {
     pub table: Option<String>,
     /// Its partitions, or the disk itself when it has none.
     pub contents: Vec<Content>,
+    /// What to know about the disk.
+    pub note: Option<String>,
 }
 
 /// Which driver of the kernel mounts a file system.
@@ -151,6 +154,16 @@ pub fn drivers(kind: &str) -> &'static [Driver] {
         "ntfs" => const { &[Driver { writable_options: "force", ..plain("ntfs3") }, plain("ntfs")] },
         "vfat" => const { &[plain("vfat")] },
         _ => &[],
+    }
+}
+
+/// Whether a file system that was not mounted would be from a disk that can be written: it has something to replay.
+pub fn wants_to_write(kind: &str, why_not: Errno) -> bool {
+    match why_not {
+        Errno::EROFS => true,
+        // its log tree; the kernel's word for it is that of any other fault
+        Errno::EIO => kind == "btrfs",
+        _ => false,
     }
 }
 
@@ -206,24 +219,39 @@ pub fn parse_table(json: &str, disk_bytes: u64) -> Result<(String, Vec<Partition
     Ok((table.label, partitions))
 }
 
-/// Reads what `blkid -o export` prints.
+/// Reads what `blkid -o udev` prints: unlike the form for shells it leaves UTF-8 as it is.
 pub fn parse_signature(text: &str) -> Signature {
     let mut found: BTreeMap<&str, String> = BTreeMap::new();
     for (key, value) in text.lines().filter_map(|line| line.split_once('=')) {
         found.insert(key, unescaped(value));
     }
     let mut take = |key| found.remove(key).filter(|value| !value.is_empty());
-    Signature { kind: take("TYPE"), label: take("LABEL"), uuid: take("UUID"), table: take("PTTYPE") }
+    Signature {
+        kind: take("ID_FS_TYPE"),
+        label: take("ID_FS_LABEL_ENC"),
+        uuid: take("ID_FS_UUID_ENC"),
+        table: take("ID_PART_TABLE_TYPE"),
+    }
 }
 
-/// What blkid writes with a backslash before it stands for itself.
+/// udev's form: `\xNN` is a byte. Labels are bytes of any kind.
 fn unescaped(value: &str) -> String {
-    let mut out = String::with_capacity(value.len());
-    let mut chars = value.chars();
-    while let Some(c) = chars.next() {
-        out.extend(if c == '\\' { chars.next() } else { Some(c) });
+    let mut out = Vec::with_capacity(value.len());
+    let mut rest = value.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let digits = tail.strip_prefix(b"x").and_then(|tail| std::str::from_utf8(tail.get(..2)?).ok());
+        match (first, digits.and_then(|digits| u8::from_str_radix(digits, 16).ok())) {
+            (b'\\', Some(byte)) => {
+                out.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
     }
-    out
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 impl Content {
@@ -312,6 +340,22 @@ fn judge(kind: Option<&str>, table: Option<&str>) -> (Kind, Option<String>) {
 }
 
 impl Layout {
+    /// A disk with what blkid finds at its beginning, and its partitions, if it has a table of those.
+    ///
+    /// Partitions go before what else is found: whoever makes them over a file system leaves its signature there, while one
+    /// that is made over them hides nothing but a partition that nobody sees any more.
+    pub fn new(size_bytes: u64, whole: Signature, partitions: Option<(String, Vec<Content>)>) -> Layout {
+        match partitions {
+            Some((table, contents)) => {
+                let note = whole.kind.map(|kind| {
+                    format!("the disk has the signature of {kind}, too, which is probably older than its partitions")
+                });
+                Layout { size_bytes, table: Some(table), contents, note }
+            }
+            None => Layout { size_bytes, table: None, contents: vec![Content::disk(size_bytes, whole)], note: None },
+        }
+    }
+
     /// What is to be mounted: the partition that is named, or the only thing that can be.
     pub fn choose(&self, wanted: Option<u32>) -> Result<&Content, String> {
         if let Some(number) = wanted {
@@ -360,7 +404,7 @@ mod tests {
     fn layout(kinds: &[&str]) -> Layout {
         let (table, partitions) = parse_table(GPT, 64 << 20).unwrap();
         let contents = partitions.iter().zip(kinds).map(|(p, kind)| Content::partition(p, signature(kind)));
-        Layout { size_bytes: 64 << 20, table: Some(table), contents: contents.collect() }
+        Layout::new(64 << 20, Signature::default(), Some((table, contents.collect())))
     }
 
     #[test]
@@ -385,6 +429,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_to_be_replayed_asks_for_a_layer() {
+        assert!(wants_to_write("xfs", Errno::EROFS) && wants_to_write("btrfs", Errno::EIO));
+        assert!(!wants_to_write("ext4", Errno::EIO) && !wants_to_write("btrfs", Errno::EINVAL));
+    }
+
+    #[test]
     fn partitions_that_cannot_be_are_named() {
         let why = parse_table(GPT, 40 << 20).unwrap_err();
         assert!(why.contains("partition 2 is 61440 sectors from sector 67584"), "{why}");
@@ -396,9 +446,9 @@ mod tests {
 
     #[test]
     fn signatures() {
-        let text = "DEVNAME=/dev/ublkb0\nLABEL=My\\ disk\\\\\\$x\nUUID=ab-c\nTYPE=ext4\nUSAGE=filesystem\n";
+        let text = "ID_FS_LABEL=Donn\u{e9}_\nID_FS_LABEL_ENC=Donn\u{e9}\\x20\\x5cx41\\xff\\x\nID_FS_UUID_ENC=ab-c\nID_FS_TYPE=ext4\n";
         let found = parse_signature(text);
-        assert_eq!(found.label.as_deref(), Some("My disk\\$x"));
+        assert_eq!(found.label.as_deref(), Some("Donn\u{e9} \\x41\u{fffd}\\x"));
         assert_eq!((found.kind.as_deref(), found.table), (Some("ext4"), None));
         assert_eq!(parse_signature(""), Signature::default());
     }
@@ -409,9 +459,17 @@ mod tests {
         assert_eq!(layout(&["vfat", "ext4"]).choose(None).unwrap().partition, Some(2), "nobody means the ESP");
         assert_eq!(layout(&["vfat", "ext4"]).choose(Some(1)).unwrap().partition, Some(1));
         assert_eq!(layout(&["vfat", "LVM2_member"]).choose(None).unwrap().partition, Some(1));
-        let disk = Layout { size_bytes: 5, table: None, contents: vec![Content::disk(5, signature("ntfs"))] };
+        let disk = Layout::new(5, signature("ntfs"), None);
         assert_eq!(disk.choose(None).unwrap().place(), ByteRange::between(0, 5));
         assert!(disk.choose(Some(1)).unwrap_err().contains("no partition table"));
+    }
+
+    #[test]
+    fn partitions_go_before_what_was_there_before_them() {
+        let partitions = layout(&["vfat", "ext4"]).contents;
+        let found = Layout::new(64 << 20, signature("btrfs"), Some(("gpt".to_owned(), partitions)));
+        assert_eq!(found.choose(None).unwrap().partition, Some(2));
+        assert!(found.note.unwrap().contains("the signature of btrfs"));
     }
 
     #[test]
@@ -428,7 +486,7 @@ mod tests {
         assert!(luks.choose(Some(1)).unwrap_err().contains("encrypted with LUKS"));
         assert!(luks.choose(Some(2)).unwrap_err().contains("LVM physical volume"));
         assert!(luks.choose(None).unwrap_err().contains("no partition can be mounted"));
-        let nothing = Layout { size_bytes: 5, table: None, contents: vec![Content::disk(5, Signature::default())] };
+        let nothing = Layout::new(5, Signature::default(), None);
         assert!(nothing.choose(None).unwrap_err().contains("no file system that blkid knows"));
         assert!(layout(&["reiserfs"]).choose(Some(1)).unwrap_err().contains("not one of ext2"));
     }

@@ -3,7 +3,7 @@
 use super::backend::{Backend, Shown};
 use super::disk::Disk;
 use super::end::Health;
-use super::layout::{Content, Driver, Kind, Layout, drivers};
+use super::layout::{Content, Driver, Kind, Layout, drivers, wants_to_write};
 use super::serve::Mounted;
 use super::source::Source;
 use super::state::{self, Entry, Phase, Process};
@@ -66,7 +66,7 @@ pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
     let disk = match attempt.mount(&at, layer, wanted.writable_scratch)? {
         Ok(disk) => disk,
         // it is to be recovered first, and nobody may write what is below
-        Err(Errno::EROFS) if !layer => {
+        Err(e) if !layer && wants_to_write(&type_name, e) => {
             layer = true;
             attempt.mount(&at, layer, false)?.map_err(|e| refused(content, e))?
         }

@@ -4,7 +4,8 @@
 use super::layout::{Content, Layout, LogicalVolume, Signature, parse_signature, parse_table};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::env;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -23,9 +24,17 @@ const AMBIVALENT: i32 = 8;
 /// What is on a disk.
 pub fn disk(device: &Path, size_bytes: u64) -> Result<Layout, String> {
     let whole = signature(device, None)?;
-    if whole.table.is_none() || whole.kind.is_some() {
-        return Ok(Layout { size_bytes, table: None, contents: vec![Content::disk(size_bytes, whole)] });
-    }
+    let partitions = match whole.table.as_ref().map(|_| partitions(device, size_bytes)) {
+        // what was taken for a table may be a part of the file system
+        Some(Err(_)) if whole.kind.is_some() => None,
+        Some(found) => Some(found?).filter(|(_, found)| whole.kind.is_none() || !found.is_empty()),
+        None => None,
+    };
+    Ok(Layout::new(size_bytes, whole, partitions))
+}
+
+/// The kind of a partition table, and the partitions.
+fn partitions(device: &Path, size_bytes: u64) -> Result<(String, Vec<Content>), String> {
     let mut command = tool("sfdisk");
     let said = run(command.arg("--json").arg(device), "fdisk")?;
     if !said.status.success() {
@@ -39,13 +48,13 @@ pub fn disk(device: &Path, size_bytes: u64) -> Result<Layout, String> {
         let found = signature(device, Some((partition.start, partition.len)))?;
         Ok(Content::partition(partition, found))
     });
-    Ok(Layout { size_bytes, table: Some(table), contents: contents.collect::<Result<_, String>>()? })
+    Ok((table, contents.collect::<Result<_, String>>()?))
 }
 
 /// What blkid finds on a device, or a part of it.
 fn signature(device: &Path, part: Option<(u64, u64)>) -> Result<Signature, String> {
     let mut command = tool("blkid");
-    command.args(["--probe", "--output", "export"]);
+    command.args(["--probe", "--output", "udev"]);
     if let Some((start, len)) = part {
         command.args(["--offset", &start.to_string(), "--size", &len.to_string()]);
     }
@@ -90,7 +99,8 @@ pub fn volumes(device: &Path) -> Result<(String, Vec<LogicalVolume>), String> {
     Ok((group, rows.report.iter().flat_map(|report| &report.lv).filter_map(volume).collect()))
 }
 
-/// LVM's settings for one look at one device: it does not know this kind, and must not look at any other.
+/// LVM's settings for one look at one device: it may not know the kind (a kernel may call it other than `blkext`), and must
+/// not look at any other.
 fn lvm_config(device: &Path) -> Result<String, String> {
     let failed = |e: io::Error| format!("{}: {e}", device.display());
     let major = nix::sys::stat::major(fs::metadata(device).map_err(failed)?.rdev());
@@ -110,9 +120,22 @@ fn lvm_config(device: &Path) -> Result<String, String> {
 
 fn tool(name: &str) -> Command {
     let mut command = Command::new(name);
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:{ADMIN_PATH}")).env("LC_ALL", "C").env("LVM_SUPPRESS_FD_WARNINGS", "1");
+    let path = search_path(&env::var_os("PATH").unwrap_or_default());
+    command.env("PATH", path).env("LC_ALL", "C").env("LVM_SUPPRESS_FD_WARNINGS", "1");
     command
+}
+
+/// Where tools are searched. Never in the directory that we happen to be in, which anybody may have filled, and which an
+/// empty name means.
+fn search_path(callers: &OsStr) -> OsString {
+    let callers = env::split_paths(callers).filter(|directory| directory.is_absolute());
+    let mut path = OsString::new();
+    for directory in callers {
+        path.push(directory);
+        path.push(":");
+    }
+    path.push(ADMIN_PATH);
+    path
 }
 
 fn run(command: &mut Command, package: &str) -> Result<Output, String> {
@@ -130,4 +153,16 @@ fn words(said: &[u8]) -> String {
     let text = String::from_utf8_lossy(said);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     if lines.is_empty() { "it does not say why".to_owned() } else { lines.join("; ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tools_are_not_searched_where_we_happen_to_be() {
+        let search = |callers: &str| search_path(OsStr::new(callers)).into_string().unwrap();
+        assert_eq!(search(""), ADMIN_PATH);
+        assert_eq!(search(":/usr/bin:.:bin:/bin:"), format!("/usr/bin:/bin:{ADMIN_PATH}"));
+    }
 }

@@ -109,7 +109,7 @@ rm "$dir/disk"
 truncate -s 150M "$dir/table.raw"
 sfdisk -q "$dir/table.raw" <<<$'label: gpt\nsize=100M, name="the first"\nname=second\n'
 loop=$(losetup --find --show --offset $((1 << 20)) --sizelimit $((100 << 20)) "$dir/table.raw")
-mkfs.ext4 -q -L first "$loop"
+mkfs.ext4 -q -L "première 1" "$loop"
 mount "$loop" /mnt
 files /mnt
 umount /mnt
@@ -136,10 +136,18 @@ python3 -c 'import os; os.fsync(os.open("/mnt/late", os.O_RDONLY))'
 cp --sparse=always "$dir/xfs.raw" "$dir/dirty-xfs.raw"
 umount /mnt
 truncate -s 130M "$dir/btrfs.raw"
-mkfs.btrfs -q "$dir/btrfs.raw"
+mkfs.btrfs -q "$dir/btrfs.raw" 2>/dev/null
+cp --sparse=always "$dir/btrfs.raw" "$dir/before.raw"
 mount -o loop "$dir/btrfs.raw" /mnt
 files /mnt
+sync -f /mnt
+echo late >/mnt/late
+python3 -c 'import os; os.fsync(os.open("/mnt/late", os.O_RDONLY))'
+cp --sparse=always "$dir/btrfs.raw" "$dir/dirty-btrfs.raw"
 umount /mnt
+# a disk that was a file system before it got partitions
+sfdisk -q --wipe never "$dir/before.raw" <<<$'label: gpt\nsize=20M\n'
+mkfs.ext4 -q -F -E offset=$((1 << 20)) "$dir/before.raw" 20M >/dev/null 2>&1
 rm -f "$dir/copy"
 sums >"$dir/sums"
 
@@ -199,12 +207,24 @@ say "btrfs"
 mounts "$dir/btrfs.raw"
 holds_files "$at"
 is_safe "$at" ro
+equal "a layer" "$(field layer)" False
+ends "$id"
+mounts "$dir/dirty-btrfs.raw" --scratch-dir /run
+holds_files "$at"
+equal "what was in the log" "$(cat "$at/late")" late
+equal "a layer" "$(field layer)" True
+is_safe "$at" ro
 ends "$id"
 
 say "partitions"
+restore inspect "$dir/before.raw" >"$dir/said"
+grep -q "the signature of btrfs, too" "$dir/said" || fail "$(cat "$dir/said")"
+mounts "$dir/before.raw"
+equal "what is mounted" "$(field partition) $(field file_system)" "1 ext4"
+ends "$id"
 restore inspect "$dir/table.raw" >"$dir/said"
 grep -q "partition table gpt" "$dir/said" || fail "$(cat "$dir/said")"
-grep -Eq "^1 +1048576 +100 MiB +ext4 +first .* the first +yes$" "$dir/said" || fail "$(cat "$dir/said")"
+grep -Eq "^1 +1048576 +100 MiB +ext4 +première 1 .* the first +yes$" "$dir/said" || fail "$(cat "$dir/said")"
 grep -Eq "^2 +105906176 .* ntfs +windows .* second +yes$" "$dir/said" || fail "$(cat "$dir/said")"
 restore inspect --json "$dir/table.raw" | python3 -c 'import json,sys; d=json.load(sys.stdin)
 assert d["table"]=="gpt" and [c["type"] for c in d["contents"]]==["ext4","ntfs"] and d["size_bytes"]==150<<20, d'

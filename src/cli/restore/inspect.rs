@@ -48,7 +48,8 @@ fn text(layout: &Layout) -> String {
             if content.mountable { "yes" } else { "no" }.to_owned(),
         ]);
     }
-    let more: String = layout.contents.iter().flat_map(lines).collect();
+    let note = layout.note.iter().map(|note| format!("{note}\n"));
+    let more: String = note.chain(layout.contents.iter().flat_map(lines)).collect();
     format!("{}, {kind}\n{table}{}", show(layout.size_bytes), printable(&more))
 }
 
