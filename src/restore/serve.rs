@@ -91,6 +91,7 @@ pub fn run(directory: &Path) -> Result<(), String> {
     let failed = |e| format!("{}: {e}", directory.display());
     // the command will be gone when somebody asks whether the restore is alive
     let entry = state::update(directory, |entry| entry.process = Process::this()).map_err(failed)?;
+    let _memory = single::keep_memory();
     let (tell, events) = mpsc::channel();
     catch_signals(tell.clone())?;
     read_orders(tell.clone())?;

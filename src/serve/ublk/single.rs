@@ -1,7 +1,7 @@
 //! One device that belongs to no configuration: whoever makes it says when it goes. Called by `restore`.
 
 use super::device::{self, Event, Lasting};
-use super::driver;
+use super::{driver, reclaim};
 use crate::export::device_keys::DeviceKeys;
 use crate::export::service::Export;
 use caps::{CapSet, Capability};
@@ -17,6 +17,14 @@ use std::thread;
 pub struct Single {
     id: u32,
     events: Sender<Event>,
+}
+
+/// Has this process get memory without waiting for its own device, for as long as this lives: see [`super::reclaim`]. To be
+/// called by the thread that starts all others, before it does.
+#[must_use = "dropped, it lets the process be swapped out to its own device"]
+pub fn keep_memory() -> impl Sized {
+    reclaim::begin();
+    reclaim::Resident::new()
 }
 
 impl Single {
