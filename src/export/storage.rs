@@ -246,7 +246,10 @@ fn window(config: &ExportConfig) -> Option<ByteRange> {
 /// Whether a file that does not exist is made.
 fn makes_file(config: &ExportConfig) -> bool {
     let keys = &config.client;
-    keys.file_size.is_some() && config.format == Format::Raw && !keys.multi_file && !config.read_only
+    let is_asked_for =
+        keys.file_size.is_some() && config.format == Format::Raw && !keys.multi_file && !config.read_only;
+    // a backup that has vanished is none of zeroes
+    is_asked_for && keys.untrusted.is_none()
 }
 
 fn exists(config: &ExportConfig) -> bool {
@@ -276,5 +279,22 @@ fn check_compression(image: &Image, config: &ExportConfig) -> Result<(), image::
             Err(image::Error::Compression { path: config.path.clone(), wanted, can })
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::client_keys::Untrusted;
+    use crate::export::config::Source;
+    use std::path::Path;
+
+    #[test]
+    fn a_disk_of_somebody_else_is_never_made() {
+        let mut config = ExportConfig::new("x", Path::new("/x.raw"), Source { file: "config".into(), line: 1 });
+        config.client.file_size = Some(4096);
+        assert!(makes_file(&config));
+        config.client.untrusted = Some(Untrusted::default());
+        assert!(!makes_file(&config));
     }
 }

@@ -3,6 +3,7 @@
 //! - [`source`]: which image is meant, and how it is opened
 //! - [`layout`]: what is on a disk and which part of it is mounted, pure; [`probe`]: the tools that look
 //! - [`serve`]: the background process that is the block device; [`backend`]: its end in the command
+//! - [`udev`]: whether it will look into the disk
 //! - [`state`]: what is known of each restore, in files, so that it can be ended when its process has died
 //! - [`disk`]: a block device and no later one of its number; [`mounts`]: the kernel's mounts; [`mount`], [`end`]: the life of a restore from the command's side
 //!
@@ -21,3 +22,4 @@ pub mod probe;
 pub mod serve;
 pub mod source;
 pub mod state;
+pub mod udev;

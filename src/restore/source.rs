@@ -36,6 +36,8 @@ pub struct Source {
 pub struct Wanted<'a> {
     /// The path of an image, or the name of an export.
     pub what: &'a str,
+    /// It is an export's name, whatever it looks like.
+    pub is_export: bool,
     /// The image's format; none: by its name, or as the export has it.
     pub format: Option<Format>,
     /// The configuration file.
@@ -47,17 +49,25 @@ pub struct Wanted<'a> {
 impl Source {
     /// Finds it. What has a slash, or is a file, is a path.
     pub fn find(wanted: Wanted<'_>) -> Result<Source, String> {
-        let Wanted { what, format, config, scratch } = wanted;
+        let Wanted { what, is_export, format, config, scratch } = wanted;
         let absolute = |path: &Path| std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()));
         let (config, scratch) = (absolute(config)?, absolute(scratch)?);
-        if !scratch.is_dir() {
-            return Err(format!("{}: there is no such directory for a temporary layer", scratch.display()));
-        }
         let loaded = load(&config);
         let image_roots = loaded.server.as_ref().and_then(|server| server.image_roots.clone());
         let path = Path::new(what);
-        if what.contains('/') || path.exists() {
+        if !is_export && (what.contains('/') || path.exists()) {
             let path = absolute(path)?;
+            // it says where backing files may be, and has not been understood
+            if loaded.server.is_none() && config.exists() {
+                let file = config.display();
+                return Err(format!(
+                    "{file} cannot be relied on, and so not its imageroots; see cowgate check-config {file}, or name \
+                     another configuration with -c"
+                ));
+            }
+            if loaded.exports.iter().any(|export| export.name == what) && !path.exists() {
+                return Err(format!("{what}: there is no such file, but an export of this name: use --export"));
+            }
             let format = format.unwrap_or_else(|| Format::by_name(&path)).to_string();
             let nothing = Source {
                 path,
@@ -123,13 +133,24 @@ mod tests {
         std::fs::write(&image, "").unwrap();
         let keys = format!("[disk]\nexportname = {}\nsnapshot = s\nformat = qcow2\nfilesize = 4096\n", image.display());
         std::fs::write(&config, format!("[generic]\nimageroots = /srv\n{keys}")).unwrap();
-        let find = |what: &str| Source::find(Wanted { what, format: None, config: &config, scratch: dir.path() });
+        let find_as = |what: &str, is_export| {
+            Source::find(Wanted { what, is_export, format: None, config: &config, scratch: dir.path() })
+        };
+        let find = |what: &str| find_as(what, false);
         let by_path = find(image.to_str().unwrap()).unwrap();
         assert_eq!((by_path.export, by_path.format.as_str()), (None, "qcow2"));
         assert_eq!(by_path.image_roots, Some(vec!["/srv".into()]));
         let by_name = find("disk").unwrap();
         assert_eq!((&by_name.path, by_name.snapshot.as_deref(), by_name.file_size), (&image, Some("s"), Some(4096)));
         assert!(find("disc").unwrap_err().contains("no export of this name"));
+        let exports = format!("[generic]\n[a/b]\nexportname = {}\n", image.display());
+        std::fs::write(&config, exports).unwrap();
+        assert!(find("a/b").unwrap_err().contains("use --export"));
+        assert_eq!(find_as("a/b", true).unwrap().path, image);
+        std::fs::write(&config, "[generic]\nimageroots = relative\n").unwrap();
+        assert!(find(image.to_str().unwrap()).unwrap_err().contains("not its imageroots"));
+        std::fs::remove_file(&config).unwrap();
+        assert!(find(image.to_str().unwrap()).is_ok(), "there need not be one");
         let window = Some(ByteRange::between(512, 1024));
         let config = by_name.config("x", window, false).unwrap();
         assert!(config.read_only && config.client.copy_on_write.is_none());

@@ -436,8 +436,12 @@ until_true "the writer" test -S "$dir/nbd"
 refuses "is in use by\|is being written\|locked" restore mount "$dir/clean.qcow2"
 kill "$writer"
 wait "$writer" || true
+mkdir /run/udev
+touch /run/udev/control
 "$cowgate" restore mount "$dir/clean.qcow2" --at "$dir/full" >/dev/null 2>"$dir/said"
+rm -r /run/udev
 grep -q "is not empty: its files are hidden" "$dir/said" || fail "it does not warn"
+grep -q "udev looks into this disk.*60-cowgate.rules" "$dir/said" || fail "it does not warn of udev"
 ends "$dir/full"
 all_has_ended
 

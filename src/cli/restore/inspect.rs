@@ -8,6 +8,8 @@ use crate::cli::size::show;
 use crate::cli::table::Table;
 use crate::restore::layout::{Content, Layout};
 use crate::restore::mount;
+use crate::restore::source::SCRATCH;
+use std::path::Path;
 use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
@@ -20,7 +22,7 @@ pub(in crate::cli) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
-    let source = args.image.source()?;
+    let source = args.image.source(Path::new(SCRATCH))?;
     let layout = mount::inspect(&source).map_err(|e| printable(&format!("{}: {e}", args.image.what)))?;
     match args.json {
         true => print_json(&layout)?,

@@ -8,10 +8,10 @@ mod umount;
 use super::serve::DEFAULT_CONFIG;
 use crate::daemon::background;
 use crate::image::Format;
-use crate::restore::source::{SCRATCH, Source, Wanted};
-use crate::restore::{end, serve};
+use crate::restore::source::{Source, Wanted};
+use crate::restore::{end, serve, udev};
 use nix::unistd::geteuid;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -40,21 +40,25 @@ struct Image {
     /// The path of an image, or the name of an export of the configuration
     #[arg(value_name = "IMAGE|EXPORT")]
     what: String,
+    /// It is the name of an export, also if there is a file of that name, or a slash in it
+    #[arg(long)]
+    export: bool,
     /// The image's format [default: by its name, or the export's]
     #[arg(long)]
     format: Option<Format>,
     /// The configuration, for exports and for the directories of backing files; see cowgate.conf(5)
     #[arg(short, long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     config: PathBuf,
-    /// Where a temporary layer over the image is kept, if there is to be one
-    #[arg(long, value_name = "DIR", default_value = SCRATCH)]
-    scratch_dir: PathBuf,
 }
 
 impl Image {
-    fn source(&self) -> Result<Source, String> {
-        let Image { what, format, config, scratch_dir } = self;
-        Source::find(Wanted { what, format: *format, config, scratch: scratch_dir })
+    /// The image, opened with a temporary layer in this directory, if there is to be one.
+    fn source(&self, scratch: &Path) -> Result<Source, String> {
+        let Image { what, export, format, config } = self;
+        if let Some(warning) = udev::warning(Path::new("/")) {
+            eprintln!("cowgate: warning: {warning}");
+        }
+        Source::find(Wanted { what, is_export: *export, format: *format, config, scratch })
     }
 }
 

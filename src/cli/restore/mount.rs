@@ -4,6 +4,7 @@ use super::Image;
 use crate::cli::control::printable;
 use crate::cli::progress::print_json;
 use crate::cli::say;
+use crate::restore::source::SCRATCH;
 use crate::restore::state::Entry;
 use crate::restore::{expiry, mount};
 use jiff::Timestamp;
@@ -23,6 +24,9 @@ pub(in crate::cli) struct Args {
     /// Mount read-write: what is written goes to a temporary layer, and is thrown away
     #[arg(long)]
     writable_scratch: bool,
+    /// Where the temporary layer over the image is kept, if there is to be one
+    #[arg(long, value_name = "DIR", default_value = SCRATCH)]
+    scratch_dir: PathBuf,
     /// Unmount it after this time, also when it is in use: 30m, 1h, 7d
     #[arg(long, value_name = "TIME")]
     expires: Option<String>,
@@ -34,12 +38,15 @@ pub(in crate::cli) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
     let expires = args.expires.as_deref().map(|text| expiry::parse(text, Timestamp::now()));
     let wanted = mount::Wanted {
-        source: args.image.source()?,
+        source: args.image.source(&args.scratch_dir)?,
         at: args.at.clone(),
         partition: args.partition,
         writable_scratch: args.writable_scratch,
         expires: expires.transpose().map_err(|e| format!("--expires: {e}"))?,
     };
+    if !args.scratch_dir.is_dir() {
+        return Err(format!("{}: there is no such directory for a temporary layer", args.scratch_dir.display()));
+    }
     if let Some(at) = args.at.as_ref().filter(|at| at.read_dir().is_ok_and(|mut found| found.next().is_some())) {
         eprintln!("cowgate: warning: {} is not empty: its files are hidden as long as this is mounted", at.display());
     }
