@@ -12,10 +12,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
-/// How long a process may take to end what nobody uses any more.
-const PATIENCE: Duration = Duration::from_secs(25);
+/// How long a process may take to end what nobody uses any more: longer than it waits for its device.
+const PROCESS_LIMIT: Duration = Duration::from_secs(25);
 /// Between two looks at it.
-const LOOK: Duration = Duration::from_millis(100);
+const PROCESS_LOOK: Duration = Duration::from_millis(100);
 
 /// Whether a restore is served; one that is not gives errors to whoever reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -68,7 +68,7 @@ pub fn unmount_one(id: &str, force: bool) -> Result<(), String> {
     if force {
         signal(entry.process);
     }
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PROCESS_LIMIT;
     while state::directory(id).exists() {
         if state::get(id).map_err(failed)?.is_some_and(|entry| !entry.process.is_alive()) {
             return end_dead(id);
@@ -76,7 +76,7 @@ pub fn unmount_one(id: &str, force: bool) -> Result<(), String> {
         if Instant::now() > deadline {
             return Err(still_there(&entry, is_mounted_here));
         }
-        sleep(LOOK);
+        sleep(PROCESS_LOOK);
     }
     Ok(())
 }

@@ -14,7 +14,8 @@ pub fn parse(text: &str, now: Timestamp) -> Result<Timestamp, String> {
     now.checked_add(length).map_err(|_| format!("{text:?} is longer than the calendar goes; {remedy}"))
 }
 
-/// Whether a moment that was kept has come. One that cannot be read has: nobody would wait for it.
+/// Whether a moment that was kept has come. One that cannot be read has: only root can have written it, and a restore that
+/// was to end is not to stay for ever because of that.
 pub fn is_over(moment: Option<&str>, now: Timestamp) -> bool {
     moment.is_some_and(|text| text.parse::<Timestamp>().map_or(true, |moment| moment <= now))
 }

@@ -379,6 +379,12 @@ impl Layout {
         }
     }
 
+    /// What holds data and cannot be mounted, beside what is chosen: it may have been meant. A line for people each.
+    pub fn out_of_reach(&self) -> Vec<String> {
+        let is_data = |content: &&Content| matches!(content.kind, Kind::Lvm | Kind::Encrypted | Kind::Raid);
+        self.contents.iter().filter(is_data).map(Content::line).collect()
+    }
+
     fn listed(&self) -> String {
         if self.contents.is_empty() {
             return "its partition table is empty".to_owned();
@@ -458,7 +464,10 @@ mod tests {
         assert_eq!(layout(&["swap", "xfs"]).choose(None).unwrap().partition, Some(2));
         assert_eq!(layout(&["vfat", "ext4"]).choose(None).unwrap().partition, Some(2), "nobody means the ESP");
         assert_eq!(layout(&["vfat", "ext4"]).choose(Some(1)).unwrap().partition, Some(1));
-        assert_eq!(layout(&["vfat", "LVM2_member"]).choose(None).unwrap().partition, Some(1));
+        let boot = layout(&["ext4", "LVM2_member"]);
+        assert_eq!(boot.choose(None).unwrap().partition, Some(1));
+        let others = boot.out_of_reach();
+        assert!(others.len() == 1 && others[0].starts_with("partition 2: LVM2_member"), "{others:?}");
         let disk = Layout::new(5, signature("ntfs"), None);
         assert_eq!(disk.choose(None).unwrap().place(), ByteRange::between(0, 5));
         assert!(disk.choose(Some(1)).unwrap_err().contains("no partition table"));

@@ -50,8 +50,8 @@ impl Wanted {
     }
 }
 
-/// Mounts an image. When it fails, nothing is left of it.
-pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
+/// Mounts an image, and says what else may have been meant. When it fails, nothing is left of it.
+pub fn mount(wanted: &Wanted) -> Result<(Entry, Vec<String>), String> {
     serve::driver()?;
     let at = wanted.at.as_deref().map(directory).transpose()?;
     let Entry { id, mount_point: at, .. } = begin(wanted.entry(at.unwrap_or_default(), Phase::Starting))?;
@@ -73,12 +73,14 @@ pub fn mount(wanted: &Wanted) -> Result<Entry, String> {
         Err(e) => return Err(refused(content, e)),
     };
     let mounted = Mounted { partition: content.partition, file_system: type_name, layer };
-    backend.keep(mounted).inspect_err(|_| {
+    let entry = backend.keep(mounted).inspect_err(|_| {
         // told to end just before it was mounted, the process found nothing to unmount
         if let Err(why) = mounts::unmount(&disk, true) {
             warn!("{why}");
         }
-    })
+    })?;
+    let others = if wanted.partition.is_none() { layout.out_of_reach() } else { Vec::new() };
+    Ok((entry, others))
 }
 
 /// Makes the state of a restore. Two cannot begin at one directory: the second one finds the first one's state, or its

@@ -27,9 +27,9 @@ use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
 /// How long a device may take to go.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DEVICE_LIMIT: Duration = Duration::from_secs(10);
 /// How often the clock is looked at: it may be set, and the machine may sleep.
-const LOOK: Duration = Duration::from_secs(5);
+const CLOCK_LOOK: Duration = Duration::from_secs(5);
 
 /// What the command says, a line of JSON each.
 #[derive(Debug, Serialize, Deserialize)]
@@ -142,7 +142,7 @@ impl Server<'_> {
     /// Until it is to end; why, for the log.
     fn serve(&mut self) -> String {
         loop {
-            match self.events.recv_timeout(LOOK) {
+            match self.events.recv_timeout(CLOCK_LOOK) {
                 Ok(Event::Order(Order::Show { source, window, layer })) => match self.show(&source, window, layer) {
                     Ok(answer) => say(&answer),
                     Err(why) => say(&Answer::Failed(why)),
@@ -222,9 +222,9 @@ impl Server<'_> {
     fn drop_device(&mut self) {
         let Some(device) = self.device.take() else { return };
         device.leave(false);
-        if !self.wait_for_end(PATIENCE) {
+        if !self.wait_for_end(DEVICE_LIMIT) {
             device.leave(true);
-            self.wait_for_end(PATIENCE);
+            self.wait_for_end(DEVICE_LIMIT);
         }
     }
 
@@ -260,7 +260,7 @@ impl Server<'_> {
         }
         if let Some(device) = self.device.take() {
             device.leave(true);
-            if !self.wait_for_end(PATIENCE) {
+            if !self.wait_for_end(DEVICE_LIMIT) {
                 // the driver waits for those who have it open; what it has to do it does when they let it go
                 warn!("{}: somebody still has it open", device.node().display());
             }

@@ -346,14 +346,16 @@ ends "$id"
 all_has_ended
 
 say "two at one directory"
-restore mount "$dir/clean.qcow2" --at "$dir/at" >"$dir/said" 2>&1 &
+: >"$dir/said"
+restore mount "$dir/clean.qcow2" --at "$dir/at" >>"$dir/said" 2>&1 &
 other=$!
 succeeded=0
 if restore mount "$dir/table.raw" --partition 1 --at "$dir/at" >>"$dir/said" 2>&1; then succeeded=1; fi
 if wait "$other"; then succeeded=$((succeeded + 1)); fi
 equal "those that succeeded" "$succeeded" 1
 grep -Eq "is about to be mounted there|something is mounted there already" "$dir/said" || fail "$(cat "$dir/said")"
-ends "$dir/at"
+ln -s . "$dir/link"
+ends "$dir/link/at"
 all_has_ended
 
 say "all, one of them in use"

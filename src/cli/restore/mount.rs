@@ -51,7 +51,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, String> {
         eprintln!("cowgate: warning: {} is not empty: its files are hidden as long as this is mounted", at.display());
     }
     let name = args.image.what.as_str();
-    let entry = mount::mount(&wanted).map_err(|e| printable(&format!("{name}: {e}")))?;
+    let (entry, others) = mount::mount(&wanted).map_err(|e| printable(&format!("{name}: {e}")))?;
+    for other in others {
+        eprintln!("cowgate: there is also {}", printable(&other));
+    }
     if args.json {
         print_json(&entry)?;
     } else {
