@@ -160,6 +160,12 @@ holds_files "$at"
 equal "a layer" "$(field layer)" False
 equal "read-only" "$(blockdev --getro "$device")" 1
 "$cowgate" restore list | grep -q "^$id *mounted *$at *$device *read-only" || fail "the list: $("$cowgate" restore list)"
+grep -q '^VmLck:.*[1-9]' "/proc/$(process "$id")/status" || fail "its process may be swapped out to its own device"
+# PF_MEMALLOC_NOIO (include/linux/sched.h), as PR_SET_IO_FLUSHER makes it
+for thread in "/proc/$(process "$id")"/task/*; do
+    flags=$(sed 's/.*) //' "$thread/stat" 2>/dev/null | cut -d ' ' -f 7) || continue # io_uring's come and go
+    [ $((flags & 0x80000)) -ne 0 ] || fail "a thread that may wait for its own device: $(cat "$thread/comm")"
+done
 refuses_here() { if touch "$at/x" 2>/dev/null; then fail "it can be written"; fi; }
 refuses_here
 exec 8<"$at/hello"
