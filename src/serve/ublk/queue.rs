@@ -21,7 +21,7 @@ use crate::pagebuf::PageBuf;
 use crate::ring::Turn;
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use io_uring::IoUring;
+use io_uring::{IoUring, types};
 use libublk::UblkError;
 use libublk::io::{UblkDev, UblkIOCtx, UblkQueue, ublk_init_task_ring, with_task_io_ring, with_task_io_ring_mut};
 use libublk::uring_async::ublk_wake_task;
@@ -39,6 +39,8 @@ use tracing::error;
 
 /// Turns of a queue between two looks at what else its thread has to do.
 const TURNS: usize = 16;
+/// How long everything else of a queue's thread may have to wait for a request that does not come, in nanoseconds.
+const MOMENT_NS: u32 = 200_000;
 
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
@@ -71,7 +73,8 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
                 return Poll::Ready(Ok(()));
             }
             // what they have queued is submitted, and answers are for them
-            if pump.turn()? || turn.end() || pump.has_news(cx)? {
+            let at_rest = session.busy.get() == 0;
+            if pump.turn(at_rest)? || turn.end() || pump.has_news(cx)? {
                 continue;
             }
             return Poll::Pending;
@@ -255,8 +258,16 @@ impl<'a> Pump<'a> {
     }
 
     /// Submits what is queued, and wakes whoever waits for answers that there are. `false`: there was nothing to do.
-    fn turn(&self) -> Result<bool, UblkError> {
+    ///
+    /// `at_rest`: no request is under way. Who has had one answer, and one alone, may well ask for the next thing at once:
+    /// that is waited for in the ring for a moment, which costs less than to go to sleep in the runtime and be woken.
+    fn turn(&self, at_rest: bool) -> Result<bool, UblkError> {
         let idle = with_task_io_ring_mut(|ring| {
+            if at_rest && ring.submission().len() == 1 && ring.completion().is_empty() {
+                let moment = types::Timespec::new().nsec(MOMENT_NS);
+                // a failure that lasts is the next submission's, too
+                ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&moment)).ok();
+            }
             let queued = ring.submission();
             let idle = queued.is_empty() && !queued.taskrun() && !queued.cq_overflow();
             drop(queued);
