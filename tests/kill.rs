@@ -28,7 +28,7 @@ const TASKS: usize = 4;
 const OPS: usize = 60;
 /// Moments verified per run: the rest are passed over evenly.
 const STATES: usize = 100;
-/// Bytes of the journal: so few that it goes round, and now and then has no room.
+/// Bytes of the journal: so few that it goes round.
 const JOURNAL: u64 = (64 << 10) + 1024;
 
 #[derive(Clone, Copy)]
@@ -294,6 +294,70 @@ cases! {
     subclusters: "subclusters";
     compressed_writing: "packs";
     compressed_writing_after_a_snapshot: "packs-snapshot";
+}
+
+/// Writes at once below many tables that a snapshot shares: each notes a whole table, and together more than the journal
+/// holds.
+#[test]
+fn copies_of_shared_tables_wait_for_room() {
+    const TABLES: u64 = 64;
+    const REACH: u64 = 2 << 20; // of a table in a cluster of 4 KiB
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let path = dir.path().join("image.qcow2");
+    let size = (TABLES * REACH).to_string();
+    qemu::run(
+        Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096"]).arg(&path).arg(size),
+    );
+    let commands = (0..TABLES).map(|table| format!("write -P 99 {} 4k", table * REACH));
+    qemu::run(Command::new("qemu-io").args(["-f", "qcow2"]).args(commands.flat_map(|c| ["-c".into(), c])).arg(&path));
+    qemu::qemu_img("snapshot -c one", &[&path]);
+    let image = std::fs::read(&path).unwrap();
+    ring::run(async {
+        let (image, top) = open(image, &None, 1).await;
+        top.delay(6);
+        image.begin_writing().unwrap();
+        let disk = Disk::open(Arc::clone(&image), true).unwrap();
+        let journal = dir.path().join("journal");
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&journal).unwrap();
+        disk.keep_journal(Box::new(lasting::map(&file, JOURNAL).unwrap())).await.unwrap();
+        for table in 0..TABLES {
+            disk.read(GuestOffset(table * REACH), PageBuf::new(512)).await.0.unwrap(); // it is in memory then
+        }
+        let answered = Arc::new(Mutex::new(Vec::new()));
+        let states = Arc::new(Mutex::new(Vec::new()));
+        let take = {
+            let (top, answered, states) = (top.clone(), Arc::clone(&answered), Arc::clone(&states));
+            move || {
+                let state = (top.content(), std::fs::read(&journal).unwrap(), answered.lock().unwrap().clone());
+                states.lock().unwrap().push(state);
+            }
+        };
+        let at_barriers = take.clone();
+        top.on_barrier(move |_| at_barriers());
+        let write = async |table| {
+            disk.write(GuestOffset(table * REACH), PageBuf::copy_of(&[table as u8; 4096])).await.0.unwrap();
+            answered.lock().unwrap().push(table);
+            take();
+        };
+        write(0).await;
+        futures_util::future::join_all((1..TABLES).map(write)).await;
+        top.on_barrier(|_| {});
+        let states = std::mem::take(&mut *states.lock().unwrap());
+        for (image, journal, answered) in states {
+            let patched = Patched::new(read(&journal).unwrap()).unwrap();
+            let top = MemDisk::new(image, 1);
+            Subject::in_memory(&top, DAEMON_MEMORY).carry_out(patched).await.unwrap();
+            let (image, _) = open(top.content(), &None, 1).await;
+            let disk = Disk::open(image, true).unwrap();
+            for table in answered {
+                let (result, found) = disk.read(GuestOffset(table * REACH), PageBuf::new(4096)).await;
+                result.unwrap();
+                assert!(found.iter().all(|byte| *byte == table as u8), "the write below table {table} is lost");
+            }
+        }
+        disk.settle().await.unwrap();
+    })
+    .unwrap();
 }
 
 /// The control: without a journal what was answered is lost, or the test proves nothing.

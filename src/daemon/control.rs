@@ -145,7 +145,9 @@ impl Control {
         debug!("looking for exports that clients miss");
         let (plan, settled) = self.reload.additions();
         self.registry.apply(&plan, self.reload.generation());
-        self.devices.follow();
+        if !plan.is_empty() {
+            self.devices.follow();
+        }
         self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
         self.answer(|missing| settled || missing.since.elapsed() > MISSING_LIMIT);
         self.look_due = (!self.missing.is_empty()).then_some(self.look_earliest);

@@ -480,6 +480,8 @@ impl Export {
         match all {
             false => None,
             true if writes && (transfer.fua() || self.config.client.sync) => Some(device.flush().await),
+            // the clusters that were written to may be no older than a journal without room
+            true if writes => Some(device.keep_promise().await),
             true => Some(Ok(())),
         }
     }

@@ -8,7 +8,7 @@ use super::check::{DAEMON_MEMORY, Subject};
 use super::disk::Disk;
 use super::open::Opener;
 use super::repair::Scope;
-use super::{Error, FileId, Image};
+use super::{Device, Error, FileId, Image};
 use crate::block::Errno;
 use crate::pagebuf::PageBuf;
 use crate::qcow2::journal::{Journal, Memory, Order, Patched};
@@ -36,10 +36,20 @@ impl Disk {
         begun
     }
 
-    /// After a change, before it is answered: makes it durable if it could not be noted.
+    /// After a change, before it is answered: makes it durable if it, or what it rests on, could not be noted.
     pub(super) async fn keep_promise(&self) -> Result<(), Errno> {
-        let lapsed = self.metadata().journal_lapsed();
+        let lapsed = !self.is_raw() && self.metadata().journal_lapsed();
         if lapsed { self.flush_image().await } else { Ok(()) }
+    }
+}
+
+impl Device {
+    /// As [`Disk::keep_promise`], after a write whose bytes somebody else has moved.
+    pub async fn keep_promise(&self) -> Result<(), Errno> {
+        for disk in self.disks() {
+            disk.keep_promise().await?;
+        }
+        Ok(())
     }
 }
 
@@ -49,6 +59,11 @@ impl Image {
         if let Some(mut metadata) = self.layers[0].metadata() {
             metadata.drop_journal();
         }
+    }
+
+    /// Whether its tables on disk are what they are in memory.
+    pub fn is_written(&self) -> bool {
+        self.layers[0].metadata().is_none_or(|metadata| metadata.is_written())
     }
 }
 
@@ -116,6 +131,9 @@ pub async fn recover(path: &Path, id: FileId, journal: Patched) -> Result<(), Er
     if opener.id() != id {
         let why = "another file has its name by now".to_owned();
         return Err(Error::Broken { path: path.to_owned(), why });
+    }
+    if journal.is_empty() {
+        return Ok(()); // it may be read-only, and open elsewhere
     }
     opener.lock()?;
     let _claim = opener.lock_for_writing()?;

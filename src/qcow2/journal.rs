@@ -34,6 +34,12 @@ const RING_MIN: usize = 64 << 10;
 /// Bytes of one change at most, for whoever reads: more than any table has.
 const PATCH_MAX: u64 = 64 << 20;
 
+/// Bytes that the journal of an image with clusters of this size should have: a change may make several tables, and others
+/// are under way while it does.
+pub fn bytes_for(cluster: u64) -> u64 {
+    (16 * cluster).max(1 << 20)
+}
+
 /// Which of the steps of a write-back cycle a change belongs to. Those before it are durable when it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Order {
@@ -140,10 +146,16 @@ impl Journal {
         self.lapsed
     }
 
-    /// Whether a write-back should make room, and whether it is so full that changes should wait for it.
-    pub(super) fn pressure(&self) -> (bool, bool) {
-        let used = self.end - self.start;
-        (used > self.capacity / 4, used > self.capacity / 2)
+    /// Whether a write-back should make room.
+    pub(super) fn wants_room(&self) -> bool {
+        self.end - self.start > self.capacity / 4
+    }
+
+    /// Whether so much is noted, or will be, that a change should wait for a write-back: what has no room takes with it
+    /// what was noted before, and answered.
+    pub(super) fn crowded(&self) -> bool {
+        let open: usize = self.open.iter().map(|patch| RECORD_BYTES + patch.bytes.len() + patch.old.len()).sum();
+        !self.lapsed && self.end - self.start + open as u64 > self.capacity / 2
     }
 
     /// A write-back cycle begins with all that was noted so far.
@@ -473,7 +485,7 @@ mod tests {
         for i in 0..5000u32 {
             j.note(Order::L2, u64::from(i) * 4096, &[], &i.to_be_bytes().repeat(20));
             j.seal();
-            if j.pressure().0 {
+            if j.wants_room() {
                 j.begin_cycle();
                 j.note(Order::Refcounts, 1, &[], &i.to_be_bytes());
                 j.seal();
@@ -482,6 +494,19 @@ mod tests {
             }
             assert!(!j.lapsed());
         }
+    }
+
+    #[test]
+    fn what_is_to_be_noted_counts_before_it_is() {
+        let mut j = journal(LEN);
+        assert!(!j.crowded());
+        j.note(Order::L2, 0, &[], &[1; LEN / 2]);
+        assert!(j.crowded() && !j.wants_room());
+        j.seal();
+        assert!(j.crowded() && j.wants_room() && !j.lapsed());
+        j.begin_cycle();
+        j.cycle_durable();
+        assert!(!j.crowded() && !j.wants_room());
     }
 
     #[test]

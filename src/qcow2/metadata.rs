@@ -603,6 +603,11 @@ impl Metadata {
         self.journal.as_ref().is_some_and(|journal| journal.lapsed())
     }
 
+    /// Whether there is a journal that should get room before anything else is changed.
+    pub(super) fn journal_crowded(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| journal.crowded())
+    }
+
     /// What was changed so far outlives the process.
     pub(super) fn seal_journal(&mut self) {
         if let Some(journal) = &mut self.journal {

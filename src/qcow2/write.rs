@@ -277,13 +277,14 @@ impl Metadata {
         Ok(Packed::Allocate(a))
     }
 
-    /// Refuses writes to a broken image; true when the header must change first.
+    /// Refuses writes to a broken image; true when a flush must come first, because the header is to change, or the journal
+    /// to get room.
     pub(super) fn check_writable(&mut self) -> Result<bool, Stop> {
         if self.broken.is_some() {
             return Err(Stop::Fault(Fault::Errno(Errno::EIO)));
         }
         self.first_write |= self.autoclear != 0;
-        Ok(self.autoclear != 0)
+        Ok(self.autoclear != 0 || self.journal_crowded())
     }
 
     /// The L2 slice of a guest cluster in memory, in a table that only the active L1 table refers to: made or copied

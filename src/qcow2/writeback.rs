@@ -362,14 +362,14 @@ impl Metadata {
     /// Whether more waits in memory than may.
     pub fn overfull(&self) -> bool {
         let much = self.tables.dirty_bytes() > self.tables.limit_bytes() || self.freed.len() > FREED_MAX;
-        let no_room = self.journal.as_ref().is_some_and(|journal| journal.pressure().1);
+        let no_room = self.journal_crowded();
         self.broken.is_none() && (much || no_room)
     }
 
     /// Whether so much waits in memory that a cycle should run without anybody asking for a flush.
     pub fn wants_writeback(&self) -> bool {
         let much = self.tables.dirty_bytes() > self.tables.limit_bytes() / 4 || self.freed.len() > FREED_LIMIT;
-        let little_room = self.journal.as_ref().is_some_and(|journal| journal.pressure().0);
+        let little_room = self.journal.as_ref().is_some_and(|journal| journal.wants_room());
         self.cycle.is_none() && self.broken.is_none() && (much || little_room)
     }
 }

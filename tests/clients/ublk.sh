@@ -242,6 +242,31 @@ equal "whether it is in use" "$(listed xfs in_use)" True
 grep -q "is in use" "$dir/said" || fail "it says $(cat "$dir/said")"
 umount /mnt
 
+for nothing in 77 4294967295; do
+    "$cowgate" ublk delete "$nothing" 2>"$dir/said" && fail "a device that is not there was deleted"
+    grep -q "there is no ublk device $nothing" "$dir/said" || fail "it says $(cat "$dir/said")"
+done
+
+say "an export that is removed while a part of its device is open, or a loop device is on it"
+truncate -s 32M "$dir/parts.raw"
+echo start=2048 | sfdisk -q "$dir/parts.raw"
+export_file parts "$dir/parts.raw" "ublk = true"
+reload
+appears parts
+until_true "its partition" test -b "${device}p1"
+exec 7<"${device}p1"
+modprobe loop
+loop=$(losetup --find --show --read-only "$device")
+rm "$dir/conf.d/parts.conf"
+reload
+sleep 1
+test -b "$device" || fail "it went under a loop device and a part that was open"
+exec 7<&-
+sleep 1
+test -b "$device" || fail "it went under a loop device"
+losetup -d "$loop"
+vanishes parts
+
 say "an export that is removed with force"
 export_file short "$dir/extra.raw" "ublk = true"
 reload
@@ -267,7 +292,7 @@ export_file missing "$dir/nothing.raw" "ublk = true"
 reload
 said() { grep -q "$1" "$dir/log"; }
 until_true "the complaints" said 'export "many": no block device: ublkqueues = 64, and this machine has 2 processors'
-until_true "the complaints" said "export \"taken\": no block device: $device exists already"
+until_true "the complaints" said "export \"taken\": no block device: ublk device ${device#/dev/ublkb} exists already"
 until_true "the complaints" said 'export "missing": no block device: .*nothing.raw'
 rm "$dir/conf.d/many.conf" "$dir/conf.d/taken.conf" "$dir/conf.d/missing.conf"
 

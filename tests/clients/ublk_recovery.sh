@@ -40,6 +40,11 @@ for name in bare files gone foreign; do
 done
 truncate -s 64M "$dir/raw.raw"
 export_file raw "$dir/raw.raw" "ublk = true"
+# one request at a time: a daemon that holds the device still has all of them
+truncate -s 64M "$dir/narrow.raw"
+export_file narrow "$dir/narrow.raw" "ublk = true\nublkqueues = 1\nublkdepth = 1"
+# while somebody else reads its image
+export_file reader "$dir/base.qcow2" "ublk = true\nreadonly = true\nublkqueues = 1"
 start
 
 say "loads: verified writes on a QCOW2 and a raw device, files on another"
@@ -47,6 +52,13 @@ appears bare
 bare=$device
 appears raw
 raw=$device
+appears narrow
+narrow=$device
+appears reader
+reader=$device
+exec 9<"$reader"
+qemu-io -r -f qcow2 "$dir/base.qcow2" -c "sleep 1000000" >/dev/null &
+other_reader=$!
 appears files
 files=$device
 mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 "$files"
@@ -58,7 +70,7 @@ verify() { # device, size
         fio --name=v --filename="$1" --size="$2" --rw=randwrite --bsrange=4k-64k --ba=4k --direct=1 --ioengine=libaio \
             --iodepth=8 --verify=crc32c --verify_fatal=1 --verify_backlog=32 --do_verify=1 --fsync=128 \
             --randrepeat=0 --verify_state_save=0 --minimal >"$dir/fio-$3" 2>&1 || return 1
-        [ "$3" = raw ] || blkdiscard -o $((100 << 20)) -l $((20 << 20)) "$1"
+        [ "$3" != bare ] || blkdiscard -o $((100 << 20)) -l $((20 << 20)) "$1"
         runs=$((runs + 1))
     done
     echo "$runs" >"$dir/runs-$3"
@@ -76,6 +88,7 @@ copy() {
 }
 verify "$bare" 96M bare & loads=($!)
 verify "$raw" 24M raw & loads+=($!)
+verify "$narrow" 4M narrow & loads+=($!)
 copy & loads+=($!)
 
 loads_go_on() { # after what
@@ -111,6 +124,8 @@ if can_hold_still; then
     resize2fs "$files" >"$dir/resize2fs" 2>&1 || { cat "$dir/resize2fs"; fail "resize2fs"; }
     resize files +4M >/dev/null
     equal "the size of files" "$(bytes "$files")" $((304 << 20))
+    for n in 1 2 3 4 5 6 7 8; do resize narrow +1M >/dev/null; done
+    equal "the size of narrow" "$(bytes "$narrow")" $((72 << 20))
     truncate -s 80M "$dir/raw.raw"
     resize raw >/dev/null
     equal "the size of raw" "$(bytes "$raw")" $((80 << 20))
@@ -145,7 +160,10 @@ diff -r "$(dirname "$0")/../../src" "/mnt/$last" || fail "files have changed"
 umount /mnt
 e2fsck -fn "$files" >"$dir/fsck" 2>&1 || { cat "$dir/fsck"; fail "the file system is broken"; }
 grep -E "cannot be gone on|panicked" "$dir/log" && fail "the log complains"
-[ "$(grep -c 'is again /dev' "$dir/log")" -ge $((rounds * 5)) ] || fail "not every device was gone on with"
+kill "$other_reader"
+equal "the read-only device" "$(dd bs=4k count=1 iflag=direct status=none <&9 | od -An -tx1 | head -n 1 | tr -d ' \n')" 07070707070707070707070707070707
+exec 9<&-
+[ "$(grep -c 'is again /dev' "$dir/log")" -ge $((rounds * 7)) ] || fail "not every device was gone on with"
 
 say "an export that has gone, and an image that somebody else has changed"
 appears gone
@@ -162,10 +180,36 @@ start
 said 'export "gone": its device cannot be gone on with: the configuration has no such device' || fail "nothing is said of gone"
 said 'export "foreign": its device cannot be gone on with: .*another program has changed it' || fail "nothing is said of foreign"
 [ ! -e "$gone" ] || fail "the device of an export that has gone is there"
+[ ! -L "$names/gone" ] || fail "its name leads to $(readlink "$names/gone")"
 equal "what the old device still reads" "$(dd bs=4k count=1 iflag=direct status=none <&8 2>/dev/null | wc -c)" 0
 exec 7<&- 8<&-
 appears bare
 equal "what the other program wrote" "$(qemu-io -U -r -f qcow2 -c 'read -P 5 10M 8M' "$dir/foreign.qcow2" | grep -c 'verification failed')" 0
+
+say "two devices of one image, and another definition"
+export_file twin "$dir/foreign.qcow2" "ublk = true\nublkqueues = 1"
+reload
+appears twin
+exec 7<"$device" 8<"$raw"
+dd if=/dev/urandom of="$dir/pattern" bs=64k count=16 status=none
+dd if="$dir/pattern" of="$device" bs=64k seek=1000 oflag=direct status=none
+twin=$device
+die
+rm "$dir/conf.d/foreign.conf"
+export_file narrow "$dir/narrow.raw" "ublk = true\nublkqueues = 1\nfilesize = 1048576"
+export_file raw "$dir/raw.raw" "ublk = true\nublkdepth = 8"
+start
+said "is again $twin" || fail "the twin is not gone on with"
+cmp "$dir/pattern" <(dd if="$twin" bs=64k skip=1000 count=16 iflag=direct status=none) || fail "what was answered is lost"
+said 'export "narrow": its device cannot be gone on with: the configuration has something else under its name' || fail "nothing is said of narrow"
+until_true "the new device" test -b "$names/narrow"
+equal "its size" "$(bytes "$names/narrow")" $((1 << 20))
+# another depth takes another device, which comes when nobody uses the one there is
+equal "the device that is used" "$(readlink -f "$names/raw")" "$raw"
+depth_is() { [ "$(cat "/sys/block/$(basename "$(readlink -f "$names/raw")")/queue/nr_requests")" -eq "$1" ]; }
+equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&8 | wc -c)" 4096
+exec 7<&- 8<&-
+until_true "the device of another depth" depth_is 8
 
 say "devices that wait while nobody serves them"
 die
@@ -173,7 +217,7 @@ die
 "$cowgate" ublk delete --all --force >/dev/null
 equal "what is left of devices" "$("$cowgate" ublk list | grep -c /dev/ublk)" 0
 start
-for name in bare files raw; do appears "$name"; done
+for name in bare files raw narrow reader twin; do appears "$name"; done
 stop
 for name in bare files foreign base; do image_is_good "$dir/$name.qcow2"; done
 equal "what is left behind" "$(find "$left" -type f | wc -l)" 0

@@ -34,7 +34,15 @@ pub(super) fn info(id: u32) -> io::Result<sys::ublksrv_ctrl_dev_info> {
     // SAFETY: the command is over when the call below returns its answer; until then `info`, which the kernel writes, and
     // `control` live, and nobody else looks at them.
     unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
-    ring.submit_and_wait(1)?;
+    loop {
+        match ring.submit_and_wait(1) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // the command was not taken
+            Err(e) => return Err(e),
+            Ok(_) if ring.completion().is_empty() => {}
+            Ok(_) => break,
+        }
+    }
     match ring.completion().next().map(|done| done.result()) {
         Some(0) => Ok(info),
         Some(error) => Err(io::Error::from_raw_os_error(-error)),

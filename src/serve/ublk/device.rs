@@ -18,18 +18,24 @@ use crate::ring::{self, Peer};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// How often a device that is to be stopped is looked at while somebody has it open.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long it is tried to go on with a device whose users wait.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long between two tries.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// How long the driver may take to hold a device still when the daemon ends, in milliseconds.
 const HOLD_MS: u64 = 5000;
@@ -47,11 +53,11 @@ pub(super) enum Error {
     Image(String),
     #[error("the disk is smaller than a sector of 512 bytes")]
     Size,
-    #[error("/dev/ublkb{0} exists already: choose another ublkid, or remove the key")]
+    #[error("ublk device {0} exists already: choose another ublkid, or remove the key")]
     Taken(u32),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
-    #[error("the driver refuses to {what}: {source}")]
+    #[error("the driver refuses to {what}: {}", driver::explain(source))]
     Driver { what: &'static str, source: UblkError },
     #[error("its queues have ended")]
     Ended,
@@ -59,6 +65,8 @@ pub(super) enum Error {
     Stopped,
     #[error("it was told to wait for the next daemon before it was there")]
     HandedOver,
+    #[error("ublk device {0}, which was to be gone on with, was deleted by somebody else")]
+    Deleted(u32),
 }
 
 /// What a device's thread is told, by whom it belongs to and by its queues.
@@ -111,7 +119,7 @@ pub(super) enum Lasting {
 }
 
 /// Makes a device of an export, or goes on with the one of a former daemon, and serves it until it is told to stop;
-/// `started` gets its number. When it cannot be gone on with, it is deleted.
+/// `started` gets its number. When it cannot be gone on with for a while, it is deleted.
 pub(super) fn run(
     export: &Arc<Export>,
     keys: &DeviceKeys,
@@ -123,6 +131,8 @@ pub(super) fn run(
 ) -> Result<(), Error> {
     let mut left = former;
     let mut asked: Option<(Resize, Result<(), String>)> = None;
+    let mut told = Told { orders, events, has_users: former.is_some(), leaving: false };
+    let mut deadline = None;
     let ended = loop {
         let started = |id| {
             started(id);
@@ -131,16 +141,29 @@ pub(super) fn run(
                 resize.answer(done.and(size));
             }
         };
-        match serve_device(export, keys, lasting, &mut left, orders, events, started) {
+        match serve_device(export, keys, lasting, &mut left, &mut told, started) {
             Ok(End::Gone | End::Left) => break Ok(()),
             Ok(End::Held(id, wanted)) => {
                 let done = wanted.size.map_or(Ok(()), |size| resize_image(export, size));
                 asked = Some((wanted, done));
-                left = Some(id);
+                (left, told.has_users, deadline) = (Some(id), true, None);
             }
             Err(Error::HandedOver) => {
                 left = None;
                 break Ok(());
+            }
+            Err(e @ (Error::Stopped | Error::Deleted(_))) => break Err(e),
+            Err(e) if left.is_some() && Instant::now() < *deadline.get_or_insert_with(|| Instant::now() + PATIENCE) => {
+                warn!("export {:?}: its device waits, and it is tried again: {e}", export.config().name);
+                told.pass_over();
+                match told.pause() {
+                    Ok(()) => {}
+                    Err(Error::HandedOver) => {
+                        left = None;
+                        break Ok(());
+                    }
+                    Err(e) => break Err(e),
+                }
             }
             Err(e) => break Err(e),
         }
@@ -148,10 +171,68 @@ pub(super) fn run(
     if let (Some((resize, _)), Err(e)) = (asked, &ended) {
         resize.answer(Err(e.to_string()));
     }
-    if let Some(id) = left {
+    if let Some(id) = left.filter(|id| driver::exists(*id)) {
         driver::discard(id);
     }
     ended
+}
+
+/// What a device's thread hears.
+struct Told<'a> {
+    orders: &'a Sender<Event>,
+    events: &'a Receiver<Event>,
+    /// The device was there before: somebody may have it open all the while, and it does not go before nobody has.
+    has_users: bool,
+    /// It is to go when nobody has it open.
+    leaving: bool,
+}
+
+impl Told<'_> {
+    /// What comes next while a device is being made. Errors: it will not be.
+    fn heard(&mut self) -> Result<Event, Error> {
+        loop {
+            let event = self.events.recv().map_err(|_| Error::Ended)?;
+            if let Some(event) = self.order(event)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// Lets some time pass. Errors: the device is not to be tried again.
+    fn pause(&mut self) -> Result<(), Error> {
+        let until = Instant::now() + PAUSE;
+        while let Ok(event) = self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            self.order(event)?;
+        }
+        Ok(())
+    }
+
+    /// Sees to an order; what is none is returned.
+    fn order(&mut self, event: Event) -> Result<Option<Event>, Error> {
+        match event {
+            Event::Stop { force: false } if self.has_users => self.leaving = true,
+            Event::Stop { .. } => return Err(Error::Stopped),
+            Event::HandOver => return Err(Error::HandedOver),
+            Event::Ended(Err(why)) => return Err(Error::Image(why)),
+            Event::Resize(resize) => resize.answer(Err(BUSY.to_owned())),
+            event => return Ok(Some(event)),
+        }
+        Ok(None)
+    }
+
+    /// Forgets what the queues have said that have ended. Orders stay.
+    fn pass_over(&self) {
+        let heard: Vec<_> = self.events.try_iter().collect();
+        for event in heard {
+            match event {
+                Event::Stop { .. } | Event::HandOver => {
+                    let _ = self.orders.send(event); // `events` is its other end
+                }
+                Event::Resize(resize) => resize.answer(Err(BUSY.to_owned())),
+                Event::Attached(_) | Event::Made(..) | Event::Ended(_) => {}
+            }
+        }
+    }
 }
 
 fn resize_image(export: &Export, size: NewSize) -> Result<(), String> {
@@ -160,30 +241,32 @@ fn resize_image(export: &Export, size: NewSize) -> Result<(), String> {
     resize(&config.path, config.format, size, false, &silent).map(drop).map_err(|e| e.to_string())
 }
 
-/// As [`run`], once; takes `former` when it is this one's to delete.
+/// As [`run`], once. `former` is taken when the device is served again: with an error it still waits, and can be tried again.
 fn serve_device(
     export: &Arc<Export>,
     keys: &DeviceKeys,
     lasting: &Lasting,
     former: &mut Option<u32>,
-    orders: &Sender<Event>,
-    events: &Receiver<Event>,
+    told: &mut Told<'_>,
     started: impl FnOnce(u32),
 ) -> Result<End, Error> {
     let features = driver::features()?;
     let refused = |what| move |source| Error::Driver { what, source };
+    if let Some(id) = former.filter(|id| !driver::exists(*id)) {
+        return Err(Error::Deleted(id));
+    }
     let known = former.map(|id| UblkCtrl::new_simple(id as i32)).transpose().map_err(refused("find the device"))?;
     let known = known.map(|control| (control.dev_info(), control));
     let count = known.as_ref().map_or_else(|| queue_count(keys), |(info, _)| Ok(info.nr_hw_queues))?;
-    if let (None, Some(id)) = (&known, keys.id.filter(|id| driver::node(*id).exists())) {
+    if let (None, Some(id)) = (&known, keys.id.filter(|id| driver::exists(*id))) {
         return Err(Error::Taken(id));
     }
-    let mut queues = Queues::start(export, count, lasting, orders)?;
-    let shape = queues.attached(events)?;
+    let mut queues = Queues::start(export, count, lasting, told.orders)?;
+    let shape = queues.attached(told)?;
     let builder = UblkCtrlBuilder::default().name("cowgate").nr_queues(count);
     let control = match known {
         Some((info, former)) => {
-            former.start_user_recover().map_err(refused("begin again with the device"))?;
+            driver::done(former.start_user_recover()).map_err(refused("begin again with the device"))?;
             builder.id(info.dev_id as i32).depth(info.queue_depth).dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
         }
         None => builder
@@ -198,11 +281,9 @@ fn serve_device(
     let id = control.dev_info().dev_id;
     match (&queues.kept, lasting) {
         (Some(kept), Lasting::Yes(config)) => {
-            let (config, export) = (config.clone(), export.config());
-            let record =
-                Record { config, export: export.name.clone(), path: export.path.clone(), images: kept.held.clone() };
+            let record = Record::new(config, export.config(), keys, kept.held.clone());
             if let Err(e) = record.write(id) {
-                record::warn_of(&export.name, &e);
+                record::warn_of(&export.config().name, &e);
             }
         }
         // what is left of a former daemon's is not true any more
@@ -215,14 +296,13 @@ fn serve_device(
         Ok(())
     };
     let device = Arc::new(UblkDev::new(control.get_name(), set, &control).map_err(refused("open the device"))?);
-    let made = queues.make(&device, &control, events);
+    let made = queues.make(&device, &control, told);
     let begun = made.and_then(|()| control.start_dev(&device).map_err(refused("start the device")));
     if let Err(e) = begun {
-        if former.is_some() && matches!(e, Error::HandedOver) {
-            std::mem::forget(queues); // the next daemon finds the device as this one did
-            return Err(e);
+        match former {
+            Some(_) => queues.end(),          // it waits as it did
+            None => drop(control.kill_dev()), // else its queues would wait for requests
         }
-        let _ = control.kill_dev(); // else its queues would wait for requests
         return Err(e);
     }
     let name = &export.config().name;
@@ -235,13 +315,21 @@ fn serve_device(
     fit(name, &control, features, shape.geometry.size / SECTOR * SECTOR);
     started(id);
     let holds = control.dev_info().flags & u64::from(sys::UBLK_F_QUIESCE) != 0;
-    let claim = match until_stopped(id, queues.kept.is_some(), holds, events) {
+    let mut device = Some(device);
+    let claim = match until_stopped(id, queues.kept.is_some(), holds, told) {
         Next::Stop(claim) => claim,
+        Next::Failed(why) => {
+            error!("export {name:?}: {} goes, as it cannot be served: {why}", driver::node(id).display());
+            // the driver waits for what a queue that has ended had taken, until nobody has the character device open
+            queues.end();
+            device = None;
+            None
+        }
         Next::HandOver => {
             std::mem::forget(link); // its users find it all the while
             control.disown();
-            match holds.then(|| control.quiesce_dev(HOLD_MS)) {
-                Some(Ok(_)) => queues.join(),
+            match holds.then(|| driver::done(control.quiesce_dev(HOLD_MS))) {
+                Some(Ok(())) => queues.end(),
                 // As after a crash: what is under way is asked for again, and the journals say the rest. The threads
                 // end with the process.
                 _ => std::mem::forget(queues),
@@ -249,29 +337,30 @@ fn serve_device(
             info!("export {name:?}: {} waits for the next daemon", driver::node(id).display());
             return Ok(End::Left);
         }
-        Next::Resize(wanted) => match control.quiesce_dev(FOREVER) {
-            Ok(_) => {
+        Next::Resize(wanted) => match driver::done(control.quiesce_dev(FOREVER)) {
+            Ok(()) => {
                 std::mem::forget(link);
                 control.disown();
-                queues.join();
-                pass_over(orders, events);
+                queues.end();
+                told.pass_over();
                 return Ok(End::Held(id, wanted));
             }
             Err(e) => {
                 // it takes no requests any more
-                wanted.answer(Err(format!("{} cannot be held still and goes: {e}", driver::node(id).display())));
+                let why = driver::explain(&e);
+                wanted.answer(Err(format!("{} cannot be held still and goes: {why}", driver::node(id).display())));
                 None
             }
         },
     };
     if let Err(e) = control.kill_dev() {
-        warn!("{}: {e}", driver::node(id).display());
+        warn!("{}: {}", driver::node(id).display(), driver::explain(&e));
     }
     drop((link, claim));
     queues.join();
     drop(device);
     if let Err(e) = driver::remove(&control) {
-        warn!("{}: {e}", driver::node(id).display()); // somebody else has deleted it
+        warn!("{}: {}", driver::node(id).display(), driver::explain(&e)); // somebody else has deleted it
     }
     record::forget(id);
     info!("export {name:?}: {} is deleted", driver::node(id).display());
@@ -296,7 +385,7 @@ fn fit(export: &str, control: &UblkCtrl, features: u64, now: u64) {
     }
     match control.update_size(now) {
         Ok(_) => info!("export {export:?}: {node} has {now} bytes now, and had {before}"),
-        Err(e) => warn!("export {export:?}: {node} keeps its {before} bytes: {e}"),
+        Err(e) => warn!("export {export:?}: {node} keeps its {before} bytes: {}", driver::explain(&e)),
     }
 }
 
@@ -313,6 +402,8 @@ fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {
 enum Next {
     /// It goes. What is in here keeps others from opening it meanwhile.
     Stop(Option<Unused>),
+    /// It goes, because a queue of it has failed.
+    Failed(String),
     /// It waits for the next daemon.
     HandOver,
     /// It waits until its disk has another size.
@@ -321,32 +412,39 @@ enum Next {
 
 /// Waits until something is to become of the device. `lasts`: it can wait for the next daemon; `holds`: the driver can hold
 /// it still.
-fn until_stopped(id: u32, lasts: bool, holds: bool, events: &Receiver<Event>) -> Next {
-    let mut wanted = false;
+fn until_stopped(id: u32, lasts: bool, holds: bool, told: &mut Told<'_>) -> Next {
     loop {
-        let event = match wanted {
-            false => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        let event = match told.leaving {
+            false => told.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
             true => match Unused::claim(id) {
-                Ok(None) => events.recv_timeout(LOOK),
-                Ok(claim) => return Next::Stop(claim),
+                Ok(Some(claim)) => return Next::Stop(Some(claim)),
                 // there is nothing that somebody could have open
-                Err(_) => return Next::Stop(None),
+                Err(e) if is_gone(&e) => return Next::Stop(None),
+                Ok(None) | Err(_) => told.events.recv_timeout(LOOK),
             },
         };
         match event {
             Ok(Event::HandOver) if lasts => return Next::HandOver,
-            Ok(Event::Resize(resize)) if wanted => resize.answer(Err("the device is being deleted".to_owned())),
+            Ok(Event::Resize(resize)) if told.leaving => {
+                resize.answer(Err("the device is being deleted".to_owned()));
+            }
             Ok(Event::Resize(resize)) if holds => return Next::Resize(resize),
             Ok(Event::Resize(resize)) => resize.answer(Err(NO_HOLD.to_owned())),
-            Ok(Event::Stop { force: false } | Event::HandOver) => wanted = true,
+            Ok(Event::Stop { force: false } | Event::HandOver) => told.leaving = true,
             Err(RecvTimeoutError::Timeout) => {}
-            // a queue has ended: somebody else has deleted the device, or it has failed
-            Ok(Event::Stop { force: true } | Event::Ended(_)) | Err(RecvTimeoutError::Disconnected) => {
+            Ok(Event::Ended(Err(why))) => return Next::Failed(why),
+            // queues end when somebody else has deleted the device
+            Ok(Event::Stop { force: true } | Event::Ended(Ok(()))) | Err(RecvTimeoutError::Disconnected) => {
                 return Next::Stop(None);
             }
             Ok(Event::Attached(_) | Event::Made(..)) => {}
         }
     }
+}
+
+/// Whether a failure to open a device says that there is none.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO | libc::ENODEV))
 }
 
 /// Why a device cannot be resized now.
@@ -355,60 +453,42 @@ const BUSY: &str = "the device is being made; try again";
 const NO_HOLD: &str = "the device cannot be held still meanwhile, which takes Linux 6.16 and an image whose changes outlive \
                        the daemon; unmount it, remove the export, and use cowgate image resize";
 
-/// What comes next while a device is being made. Errors: it will not be.
-fn heard(events: &Receiver<Event>) -> Result<Event, Error> {
-    loop {
-        match events.recv().map_err(|_| Error::Ended)? {
-            Event::Stop { .. } => return Err(Error::Stopped),
-            Event::HandOver => return Err(Error::HandedOver),
-            Event::Ended(Err(why)) => return Err(Error::Image(why)),
-            Event::Resize(resize) => resize.answer(Err(BUSY.to_owned())),
-            event => return Ok(event),
-        }
-    }
-}
-
-/// Forgets what the queues have said that have ended. Orders stay.
-fn pass_over(orders: &Sender<Event>, events: &Receiver<Event>) {
-    let heard: Vec<_> = events.try_iter().collect();
-    for event in heard.into_iter().filter(|event| matches!(event, Event::Stop { .. } | Event::HandOver)) {
-        let _ = orders.send(event); // `events` is its other end
-    }
-}
-
 /// The threads of a device's queues.
 struct Queues {
     threads: Vec<JoinHandle<()>>,
     /// Where each waits for the device. Dropped: there will be none.
     go: Vec<oneshot::Sender<Arc<UblkDev>>>,
+    /// Tells each that it takes no requests any more, and ends when it has done those it has.
+    hold: Vec<oneshot::Sender<()>>,
     /// Let go of when the threads have ended, and all is flushed.
     kept: Option<Kept>,
 }
 
 impl Queues {
     fn start(export: &Arc<Export>, count: u16, lasting: &Lasting, events: &Sender<Event>) -> Result<Queues, Error> {
-        let mut queues = Queues { threads: Vec::new(), go: Vec::new(), kept: None };
+        let mut queues = Queues { threads: Vec::new(), go: Vec::new(), hold: Vec::new(), kept: None };
         for id in 0..count {
-            let (go, device) = oneshot::channel();
+            let ((go, device), (hold, held)) = (oneshot::channel(), oneshot::channel());
             let (export, events) = (Arc::clone(export), events.clone());
-            let lasts = id == 0 && *lasting != Lasting::No; // one is enough to keep a journal
+            let lasting = if id == 0 { lasting.clone() } else { Lasting::No }; // one is enough to keep a journal
             let thread = thread::Builder::new().name(format!("cowgate-q{id}")).spawn(move || {
-                let run =
-                    || ring::run(serve(id, &export, lasts, device, &events)).unwrap_or_else(|e| Err(e.to_string()));
+                let serve = || ring::run(serve(id, &export, &lasting, device, held, &events));
+                let run = || serve().unwrap_or_else(|e| Err(e.to_string()));
                 let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("its thread panicked".into()));
                 let _ = events.send(Event::Ended(ended)); // nobody may wait for it any more
             });
             queues.threads.push(thread.map_err(Error::Thread)?);
             queues.go.push(go);
+            queues.hold.push(hold);
         }
         Ok(queues)
     }
 
     /// Waits until every queue has the image open.
-    fn attached(&mut self, events: &Receiver<Event>) -> Result<Shape, Error> {
+    fn attached(&mut self, told: &mut Told<'_>) -> Result<Shape, Error> {
         let mut shape = None;
         for _ in &self.threads {
-            match heard(events)? {
+            match told.heard()? {
                 Event::Attached(Ok(found)) => {
                     shape = Some(found.shape);
                     self.kept = self.kept.take().or(found.kept);
@@ -421,18 +501,26 @@ impl Queues {
     }
 
     /// Gives each queue the device, and waits until all may be used.
-    fn make(&mut self, device: &Arc<UblkDev>, control: &UblkCtrl, events: &Receiver<Event>) -> Result<(), Error> {
+    fn make(&mut self, device: &Arc<UblkDev>, control: &UblkCtrl, told: &mut Told<'_>) -> Result<(), Error> {
         for go in self.go.drain(..) {
             let _ = go.send(Arc::clone(device)); // a thread that has ended says so below
         }
         for _ in &self.threads {
-            match heard(events)? {
+            match told.heard()? {
                 // libublk's own record of the device is left out: it would go into a directory that everybody may write
                 Event::Made(queue, thread) => control.set_thread_affinity(queue, thread),
                 _ => return Err(Error::Ended),
             }
         }
         Ok(())
+    }
+
+    /// Has them end with what they have taken; they take nothing more, and what is not answered is asked for again.
+    fn end(&mut self) {
+        for hold in self.hold.drain(..) {
+            let _ = hold.send(()); // it may have ended
+        }
+        self.join();
     }
 
     fn join(&mut self) {
@@ -449,13 +537,14 @@ impl Drop for Queues {
     }
 }
 
-/// One queue from the opening of its image to the last flush. `lasts`: it sees to it that what happens to the images
-/// outlives the daemon.
+/// One queue from the opening of its image to the last flush. `lasting`: it sees to it that what happens to the images
+/// outlives the daemon; `held`: it is to end.
 async fn serve(
     id: u16,
     export: &Arc<Export>,
-    lasts: bool,
+    lasting: &Lasting,
     device: oneshot::Receiver<Arc<UblkDev>>,
+    held: oneshot::Receiver<()>,
     events: &Sender<Event>,
 ) -> Result<(), String> {
     let tell = |event| {
@@ -474,15 +563,18 @@ async fn serve(
     };
     let shape = Shape { geometry: client.device().geometry(), cluster: client.device().cluster() };
     // what is in a layer that is thrown away cannot be found again
-    let kept = match lasts && export.config().client.copy_on_write.is_none() {
-        true => record::keep(client.device()).await.inspect_err(|e| record::warn_of(&export.config().name, e)).ok(),
-        false => None,
+    let kept = match (lasting, export.config().client.copy_on_write.is_none()) {
+        (Lasting::Yes(config), true) => {
+            let kept = record::keep(client.device(), config).await;
+            kept.inspect_err(|e| record::warn_of(&export.config().name, e)).ok()
+        }
+        _ => None,
     };
     tell(Event::Attached(Ok(Attached { shape, kept })));
     let served = match device.await {
         Ok(device) => {
             let made = || tell(Event::Made(id, UblkCtrl::init_queue_thread()));
-            let mut serving = pin!(queue::serve(id, &device, &client, made));
+            let mut serving = pin!(queue::serve(id, &device, &client, held, made));
             let served = tokio::select! {
                 served = &mut serving => served,
                 // somebody wants all clients of the export to go

@@ -4,15 +4,16 @@ use super::control::{self, CONTROL};
 use super::mountinfo::{self, Mount};
 use super::params::SECTOR;
 use super::record;
+use caps::{CapSet, Capability};
 use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, sys};
-use nix::sys::stat::stat;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -159,7 +160,7 @@ pub fn list() -> io::Result<Vec<Listed>> {
         let device = Some(node(id)).filter(|node| node.exists());
         let in_use = device.as_deref().is_some_and(|node| is_used(id, node));
         let size_bytes = size(id);
-        let daemon = stat(&Path::new("/dev").join(format!("ublkc{id}"))).ok().and_then(|found| holder(&found));
+        let daemon = character(id).and_then(|number| holder(libc::S_IFCHR, &[number]).unwrap_or_default());
         let info = control::info(id).ok();
         let (data, queues) = (info.map(|info| Data::of(info.flags)), info.map(|info| info.nr_hw_queues));
         let export = names.get(&id).cloned();
@@ -181,19 +182,44 @@ pub enum DeleteError {
     #[error("{} is in use: unmount it first; or let all that use it get errors with --force", node(*.0).display())]
     InUse(u32),
     /// The driver refuses.
-    #[error("ublk device {id}: {source}")]
+    #[error("ublk device {id}: {}", explain(source))]
     Driver {
         /// The device.
         id: u32,
         /// Why.
         source: UblkError,
     },
+    /// There is none.
+    #[error("there is no ublk device {0}; cowgate ublk list shows those that there are")]
+    Unknown(u32),
+}
+
+/// What a failure of the driver or of libublk is, with the kernel's reason, which libublk does not name.
+pub(super) fn explain(error: &UblkError) -> String {
+    match error {
+        UblkError::UringIOError(errno) | UblkError::OtherError(errno) => {
+            io::Error::from_raw_os_error(-errno).to_string()
+        }
+        UblkError::IOError(e) => e.to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// The answer to an order, of which libublk takes EBUSY for none of failure.
+pub(super) fn done(answer: Result<i32, UblkError>) -> Result<(), UblkError> {
+    match answer? {
+        errno if errno < 0 => Err(UblkError::UringIOError(errno)),
+        _ => Ok(()),
+    }
 }
 
 /// Deletes a device of ours, whether its daemon lives or not. `force`: also one that is in use.
 pub fn delete(id: u32, force: bool) -> Result<(), DeleteError> {
     features()?;
     let failed = |source| DeleteError::Driver { id, source };
+    if !exists(id) {
+        return Err(DeleteError::Unknown(id));
+    }
     let control = UblkCtrl::new_simple(id as i32).map_err(failed)?; // numbers are below 2^20
     if control.dev_info().ublksrv_flags != OURS {
         return Err(DeleteError::Foreign(id));
@@ -205,6 +231,7 @@ pub fn delete(id: u32, force: bool) -> Result<(), DeleteError> {
     }
     control.kill_dev().map_err(failed)?;
     drop(claim);
+    forget_links(id);
     remove(&control).map_err(failed)?;
     record::forget(id);
     Ok(())
@@ -224,12 +251,25 @@ fn ids() -> io::Result<Vec<u32>> {
 
 /// The exports that have links, by the numbers of their devices.
 fn names() -> BTreeMap<u32, String> {
-    let links = fs::read_dir(BY_NAME).into_iter().flatten().flatten();
-    let target = |link: &fs::DirEntry| {
-        let target = fs::read_link(link.path()).ok()?;
-        target.to_str()?.rsplit('/').next()?.strip_prefix("ublkb")?.parse().ok()
-    };
-    links.filter_map(|link| Some((target(&link)?, link.file_name().into_string().ok()?))).collect()
+    links().filter_map(|(link, id)| Some((id, link.file_name()?.to_str()?.to_owned()))).collect()
+}
+
+/// The links of exports, and the devices that they lead to.
+fn links() -> impl Iterator<Item = (PathBuf, u32)> {
+    let links = fs::read_dir(BY_NAME).into_iter().flatten().flatten().map(|link| link.path());
+    links.filter_map(|link| Some((target(&link)?, link))).map(|(id, link)| (link, id))
+}
+
+/// The device that a link leads to, which may have gone.
+fn target(link: &Path) -> Option<u32> {
+    fs::read_link(link).ok()?.to_str()?.rsplit('/').next()?.strip_prefix("ublkb")?.parse().ok()
+}
+
+/// Removes the links to a device that has gone: another one may get its number.
+pub(super) fn forget_links(id: u32) {
+    for (link, _) in links().filter(|(_, to)| *to == id) {
+        let _ = fs::remove_file(link); // another daemon may have done so
+    }
 }
 
 /// How long the driver may take to notice that a daemon has gone.
@@ -240,10 +280,8 @@ const ASK: Duration = Duration::from_millis(20);
 /// Clears away after daemons that have gone: deletes their devices, and links that lead nowhere. Returns the devices that
 /// wait for another daemon.
 pub(super) fn sweep() -> Vec<u32> {
-    for link in fs::read_dir(BY_NAME).into_iter().flatten().flatten() {
-        if !link.path().exists() {
-            let _ = fs::remove_file(link.path()); // another daemon may have done so
-        }
+    for (_, id) in links().filter(|(link, _)| !link.exists()) {
+        forget_links(id);
     }
     let ids = ids().unwrap_or_default();
     record::forget_all_but(&ids);
@@ -254,14 +292,27 @@ pub(super) fn sweep() -> Vec<u32> {
 fn waits_for_daemon(id: u32) -> bool {
     let deadline = Instant::now() + NOTICE;
     loop {
-        let Ok(info) = control::info(id) else { return false };
-        if info.ublksrv_flags != OURS || is_daemon(info.ublksrv_pid) {
+        let info = match control::info(id) {
+            Ok(info) => info,
+            Err(e) => {
+                warn!("ublk device {id} cannot be looked at, and stays as it is: {e}");
+                return false;
+            }
+        };
+        if info.ublksrv_flags != OURS || is_served(id, info.ublksrv_pid) {
             return false;
         }
         match u32::from(info.state) {
             sys::UBLK_S_DEV_QUIESCED => return true,
             sys::UBLK_S_DEV_LIVE if Instant::now() < deadline => thread::sleep(ASK),
+            sys::UBLK_S_DEV_LIVE => {
+                warn!(
+                    "ublk device {id}: the driver takes it for served, and nobody is seen to serve it; it stays as it is"
+                );
+                return false;
+            }
             _ => {
+                info!("ublk device {id}: its daemon has gone, and it does not wait for another one");
                 discard(id);
                 return false;
             }
@@ -269,30 +320,44 @@ fn waits_for_daemon(id: u32) -> bool {
     }
 }
 
-/// Deletes a device whose daemon has gone; what uses it gets errors.
+/// Whether a process other than this one serves a device, as far as we may know.
+fn is_served(id: u32, pid: i32) -> bool {
+    let (Ok(pid), Some(number)) = (u32::try_from(pid), character(id)) else { return false };
+    let open = || match has_open(pid, libc::S_IFCHR, &[number]) {
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
+        Ok(open) => open,
+    };
+    pid != 0 && pid != std::process::id() && open()
+}
+
+/// Whether the driver has a device of this number, which may have no block device.
+pub(super) fn exists(id: u32) -> bool {
+    character(id).is_some()
+}
+
+/// The number of a device's character device, as `major:minor`.
+fn character(id: u32) -> Option<String> {
+    Some(fs::read_to_string(format!("/sys/class/ublk-char/ublkc{id}/dev")).ok()?.trim().to_owned())
+}
+
+/// Deletes a device that nobody serves and nobody is to go on with; what uses it gets errors.
 pub(super) fn discard(id: u32) {
+    forget_links(id);
     let deleted = UblkCtrl::new_simple(id as i32).and_then(|control| {
         let _ = control.kill_dev(); // it may never have been started
         remove(&control)
     });
     record::forget(id);
     match deleted {
-        Ok(()) => info!("ublk device {id}: its daemon has gone, deleted"),
-        Err(e) => warn!("ublk device {id}: its daemon has gone, and it cannot be deleted: {e}"),
+        Ok(()) => info!("ublk device {id}: deleted"),
+        Err(e) => warn!("ublk device {id} cannot be deleted: {}", explain(&e)),
     }
 }
 
 /// Deletes a device that was stopped. It does not wait for those who still have it open, if the driver is of Linux 6.9 or
 /// later: they get errors as long as they like.
 pub(super) fn remove(control: &UblkCtrl) -> Result<(), UblkError> {
-    control.del_dev_async().or_else(|_| control.del_dev()).map(drop)
-}
-
-/// Whether a process of this program has this number, other than this one.
-fn is_daemon(pid: i32) -> bool {
-    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-    let ours = name("self");
-    u32::try_from(pid).is_ok_and(|pid| pid != std::process::id()) && ours.is_some() && name(&pid.to_string()) == ours
+    done(control.del_dev_async()).or_else(|_| done(control.del_dev()))
 }
 
 /// Size in bytes of a device that was started.
@@ -322,27 +387,50 @@ impl Unused {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
             Err(e) => return Err(e),
         };
-        let others = holder(&stat(&node)?).is_some();
-        Ok((!others).then_some(Unused { _file: file }))
+        Ok((!is_open(id)?).then_some(Unused { _file: file }))
     }
 }
 
 /// Whether somebody has a device open or mounted, or another device is on it. Unlike [`Unused::claim`] this is in nobody's
 /// way, not even for a moment.
 fn is_used(id: u32, node: &Path) -> bool {
-    let disk = PathBuf::from(format!("/sys/block/ublkb{id}"));
-    let parts = fs::read_dir(&disk).into_iter().flatten().flatten().map(|entry| entry.path());
-    let parts = parts.filter(|path| path.join("partition").exists()).chain([disk.clone()]);
-    let mut numbers = Vec::new();
-    for part in parts {
-        if fs::read_dir(part.join("holders")).is_ok_and(|mut holders| holders.next().is_some()) {
-            return true;
-        }
-        numbers.extend(fs::read_to_string(part.join("dev")).map(|number| number.trim().to_owned()));
-    }
+    let held = |part: &PathBuf| fs::read_dir(part.join("holders")).is_ok_and(|mut holders| holders.next().is_some());
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     let is_swap = swaps.lines().any(|line| line.split(' ').next().map(Path::new) == Some(node));
-    is_swap || stat(node).is_ok_and(|found| holder(&found).is_some()) || is_mounted(node, &numbers)
+    disk_and_parts(id).iter().any(held) || is_swap || is_open(id).unwrap_or(true) || is_mounted(node, &numbers(id))
+}
+
+/// The directories in /sys of a device and its partitions.
+fn disk_and_parts(id: u32) -> Vec<PathBuf> {
+    let disk = PathBuf::from(format!("/sys/block/ublkb{id}"));
+    let parts = fs::read_dir(&disk).into_iter().flatten().flatten().map(|entry| entry.path());
+    parts.filter(|path| path.join("partition").exists()).chain([disk.clone()]).collect()
+}
+
+/// The numbers of a device and its partitions, as `major:minor`.
+fn numbers(id: u32) -> Vec<String> {
+    let number = |part: &PathBuf| Some(fs::read_to_string(part.join("dev")).ok()?.trim().to_owned());
+    disk_and_parts(id).iter().filter_map(number).collect()
+}
+
+/// Whether a process other than this one has a device or a part of it open, or a loop device is on it. Errors: that cannot
+/// be found out.
+fn is_open(id: u32) -> io::Result<bool> {
+    Ok(holder(libc::S_IFBLK, &numbers(id))?.is_some() || has_loop(&node(id)))
+}
+
+/// Whether a loop device is on a device or a part of it: the kernel's own files are no process's.
+fn has_loop(node: &Path) -> bool {
+    let disks = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let files = disks.filter_map(|disk| fs::read_to_string(disk.path().join("loop/backing_file")).ok());
+    let node = node.to_str().unwrap_or_default();
+    files.into_iter().any(|file| is_node_of(file.trim_end(), node))
+}
+
+/// Whether a path is that of a device or of a part of it.
+fn is_node_of(path: &str, node: &str) -> bool {
+    let part = path.strip_prefix(node).and_then(|rest| rest.strip_prefix('p'));
+    path == node || part.is_some_and(|part| part.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Whether a device or a part of it is mounted, in the eyes of any process. `numbers`: theirs, as `major:minor`.
@@ -359,47 +447,82 @@ fn is_mounted(node: &Path, numbers: &[String]) -> bool {
 
 /// File systems with numbers of their own (btrfs) say by the source what they are on.
 fn is_mount_of(mount: &Mount, node: &str, numbers: &[String]) -> bool {
-    let source = mount.source.to_str().unwrap_or_default();
-    let part = source.strip_prefix(node).and_then(|rest| rest.strip_prefix('p'));
-    let is_part = part.is_some_and(|part| part.bytes().all(|b| b.is_ascii_digit()));
-    numbers.contains(&mount.number) || source == node || is_part
+    numbers.contains(&mount.number) || is_node_of(mount.source.to_str().unwrap_or_default(), node)
 }
 
-/// A process other than this one that has a device open. One that we may not look into is not seen.
-fn holder(device: &libc::stat) -> Option<u32> {
-    let kind = |found: &libc::stat| (found.st_mode & libc::S_IFMT, found.st_rdev);
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    let mut others = processes.filter_map(|process| {
-        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
-        (pid != std::process::id()).then(|| (pid, process.path().join("fd")))
-    });
-    let has_open = |descriptors: &Path| {
-        let mut all = fs::read_dir(descriptors).into_iter().flatten().flatten();
-        all.any(|fd| stat(&fd.path()).is_ok_and(|found| kind(&found) == kind(device)))
+/// A process other than this one that has one of these devices open, a kind and numbers as `major:minor`. One that we may
+/// not look into is not seen: that takes CAP_SYS_PTRACE.
+fn holder(kind: libc::mode_t, numbers: &[String]) -> io::Result<Option<u32>> {
+    let mut found = None;
+    for process in fs::read_dir("/proc")? {
+        let pid = process?.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
+        if has_open(pid, kind, numbers).is_ok_and(|open| open) {
+            found = Some(pid);
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// Says so when it cannot be seen who has devices open, which they are not deleted under.
+pub(super) fn warn_of_blindness() {
+    if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).unwrap_or(true) {
+        warn!(
+            "without CAP_SYS_PTRACE it cannot be seen which other users' programs have block devices open; a device that \
+             is removed goes when it is not mounted"
+        );
+    }
+}
+
+/// Whether a process has one of these devices open. Errors: it has gone, or we may not know.
+fn has_open(pid: u32, kind: libc::mode_t, numbers: &[String]) -> io::Result<bool> {
+    let mut descriptors = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    Ok(descriptors.any(|fd| device_of(&fd.path(), kind).is_some_and(|number| numbers.contains(&number))))
+}
+
+/// The number of a device of this kind, as `major:minor`. Waits for nobody, such as a file server that does not answer.
+fn device_of(path: &Path, kind: libc::mode_t) -> Option<String> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: plain numbers, for which zeroes are a value.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends with a zero, and `found` is what the call fills in; both live until it returns.
+    let answer = unsafe {
+        libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE, &raw mut found)
     };
-    others.find(|(_, descriptors)| has_open(descriptors)).map(|(pid, _)| pid)
+    let is_one = answer == 0 && u32::from(found.stx_mode) & libc::S_IFMT == kind;
+    is_one.then(|| format!("{}:{}", found.stx_rdev_major, found.stx_rdev_minor))
 }
 
 /// A link from an export's name to its device, for as long as this lives.
 #[derive(Debug)]
-pub(super) struct Link(PathBuf);
+pub(super) struct Link {
+    path: PathBuf,
+    id: u32,
+}
 
 impl Link {
-    /// Makes or replaces it.
+    /// Makes it. Errors: it is that of another device, among others.
     pub(super) fn make(export: &str, id: u32) -> io::Result<Link> {
         fs::create_dir_all(BY_NAME)?;
         let path = Path::new(BY_NAME).join(link_name(export));
+        if let Some(other) = target(&path).filter(|other| *other != id && node(*other).exists()) {
+            let why = format!("{} leads to {}", path.display(), node(other).display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
+        }
         let fresh = Path::new(BY_NAME).join(format!(".{id}"));
         let _ = fs::remove_file(&fresh); // one that a former daemon left
         std::os::unix::fs::symlink(format!("../../ublkb{id}"), &fresh)?;
         fs::rename(&fresh, &path)?;
-        Ok(Link(path))
+        Ok(Link { path, id })
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        if target(&self.path) == Some(self.id) {
+            let _ = fs::remove_file(&self.path); // somebody else may have done so
+        }
     }
 }
 

@@ -7,7 +7,8 @@
 //!   [`mountinfo`]: what is mounted
 //! - [`single`]: one device that belongs to no configuration
 //!
-//! [`Devices::follow`] is called after each reload and returns at once: each device has a thread that makes it, serves
+//! [`Devices::follow`] is called when exports have changed. The first call blocks until the images of devices that wait for
+//! a daemon are what they were; the others return at once: each device has a thread that makes it, serves
 //! it, and deletes it when it is not wanted any more and nobody has it open. A device of a changed export goes before
 //! the one of the new definition comes.
 
@@ -27,6 +28,7 @@ use crate::export::control::Resize;
 use crate::export::device_keys::DeviceKeys;
 use crate::export::registry::{Entry, Registry};
 use crate::export::service::Export;
+use crate::image;
 use crate::image::resize::NewSize;
 use crate::ring::Peer;
 use device::{Event, Lasting};
@@ -38,7 +40,12 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-use tracing::{error, info};
+use tracing::{error, info, warn};
+
+/// How long the images of devices that wait may be locked by somebody else.
+const OTHERS_READ: Duration = Duration::from_secs(10);
+/// Until they are looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The devices of the configuration.
 #[derive(Clone)]
@@ -159,11 +166,6 @@ impl Devices {
             table = self.shared.gone.wait(table).unwrap_or_else(PoisonError::into_inner);
         }
     }
-
-    /// The device of an export, if it is there.
-    pub fn id(&self, export: &str) -> Option<u32> {
-        self.shared.table().devices.get(export)?.id
-    }
 }
 
 impl Device {
@@ -224,8 +226,15 @@ impl Shared {
             let former = former.remove(&name);
             if let Place::Vacant(place) = table.devices.entry(name) {
                 // before its threads, which inherit of it
-                table.resident.get_or_insert_with(reclaim::Resident::new);
-                if let Some(device) = self.start(entry.export, keys, former) {
+                table.resident.get_or_insert_with(|| {
+                    driver::warn_of_blindness();
+                    reclaim::Resident::new()
+                });
+                let is_other = former.as_ref().is_some_and(|(_, record)| !record.has(&keys));
+                if let Some(mut device) = self.start(entry.export, keys, former.map(|(id, _)| id)) {
+                    if is_other {
+                        device.leave(false); // for one of the new definition
+                    }
                     place.insert(device);
                 }
             }
@@ -233,10 +242,12 @@ impl Shared {
     }
 
     /// Which of the devices that wait are gone on with, by export. Those that are nobody's any more are deleted.
-    fn former(&self, waiting: Vec<u32>, wanted: &BTreeMap<String, Entry>) -> BTreeMap<String, u32> {
+    fn former(&self, waiting: Vec<u32>, wanted: &BTreeMap<String, Entry>) -> BTreeMap<String, (u32, Record)> {
         let mut former = BTreeMap::new();
+        let deadline = Instant::now() + OTHERS_READ;
         for id in waiting {
             let Some(record) = Record::read(id) else {
+                warn!("ublk device {id}: nobody knows any more what it was");
                 driver::discard(id);
                 continue;
             };
@@ -244,14 +255,14 @@ impl Shared {
                 info!("ublk device {id}: waits for the daemon of {}", record.config.display());
                 continue;
             }
-            let same = |entry: &&Entry| entry.export.config().path == record.path;
-            let carried_out = match wanted.get(&record.export).filter(same) {
-                Some(_) => record.carry_out().map_err(|e| e.to_string()),
+            let carried_out = match wanted.get(&record.export).map(|entry| record.is_of(entry.export.config())) {
+                Some(true) => carry_out(&record, deadline).map_err(|e| e.to_string()),
+                Some(false) => Err("the configuration has something else under its name".to_owned()),
                 None => Err("the configuration has no such device any more".to_owned()),
             };
             match carried_out {
                 Ok(()) => {
-                    former.insert(record.export, id);
+                    former.insert(record.export.clone(), (id, record));
                 }
                 Err(why) => {
                     error!("export {:?}: its device cannot be gone on with: {why}", record.export);
@@ -259,6 +270,8 @@ impl Shared {
                 }
             }
         }
+        // now that all that was noted is in the images
+        former.values().for_each(|(_, record)| record.forget_journals(&[]));
         former
     }
 
@@ -311,6 +324,16 @@ impl Shared {
             self.follow();
         } else if well {
             info!("export {name:?}: its device was deleted by somebody else; it comes back with the next reload");
+        }
+    }
+}
+
+/// Brings a device's images to where they were. Somebody may have one open for a moment, to read it.
+fn carry_out(record: &Record, deadline: Instant) -> Result<(), image::Error> {
+    loop {
+        match record.carry_out() {
+            Err(e) if e.is_in_use() && Instant::now() < deadline => thread::sleep(LOOK_AGAIN),
+            done => return done,
         }
     }
 }

@@ -10,6 +10,7 @@
 //! again, or has no use for answers. A panic while a request is carried out is an I/O error of that request.
 
 use super::direct::{self, Moved, Trial, Way};
+use super::driver;
 use super::params::{Asked, Kind};
 use super::single;
 use crate::block::{BlockDev, Errno, Geometry, Op, Request, Transfer};
@@ -28,13 +29,15 @@ use libublk::uring_async::ublk_wake_task;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::{pread, pwrite};
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, pending, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
 use tracing::error;
 
 /// Turns of a queue between two looks at what else its thread has to do.
@@ -46,7 +49,15 @@ const MOMENT_NS: u32 = 200_000;
 /// be told to start the device.
 ///
 /// Runs on the queue's thread, inside `ring::run`. Errors: the queue cannot be made, or its ring fails.
-pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl FnOnce()) -> Result<(), UblkError> {
+///
+/// `held`: the driver holds the device still. No more is answered then, and the queue ends with what is being carried out.
+pub(super) async fn serve(
+    id: u16,
+    device: &UblkDev,
+    client: &Client,
+    held: oneshot::Receiver<()>,
+    made: impl FnOnce(),
+) -> Result<(), UblkError> {
     make_ring(device)?;
     if client.export().config().client.untrusted.is_some() {
         single::without_partitions().map_err(io::Error::other)?;
@@ -55,10 +66,20 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
     let pump = Pump::new(&queue)?;
     made();
     let geometry = client.device().geometry();
-    let session = Session { client, geometry, device, queue: &queue, trials: Default::default(), busy: Cell::new(0) };
+    let (trials, busy, is_held) = Default::default();
+    let session = Session { client, geometry, device, queue: &queue, trials, busy, is_held };
+    let held = async {
+        if held.await.is_err() {
+            pending::<()>().await; // nobody will say so any more
+        }
+    };
+    let mut held = pin!(held.fuse());
     let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&session, tag)).collect();
     let turn = Turn::default();
     poll_fn(|cx| {
+        if held.as_mut().poll(cx).is_ready() {
+            session.is_held.set(true);
+        }
         for _ in 0..TURNS {
             let mut within = turn.begin(cx);
             let ended = loop {
@@ -69,7 +90,7 @@ pub(super) async fn serve(id: u16, device: &UblkDev, client: &Client, made: impl
                 }
             };
             // a command that came when the others were taken back is never answered
-            if ended || queue.is_stopping() && session.busy.get() == 0 {
+            if ended || session.takes_no_more() && session.busy.get() == 0 {
                 return Poll::Ready(Ok(()));
             }
             // what they have queued is submitted, and answers are for them
@@ -110,18 +131,26 @@ async fn answer(session: &Session<'_>, tag: u16) {
     let mut come = queue.submit_io_prep_cmd(tag, buffer.clone(), 0, None).await;
     loop {
         match come {
-            Ok(_) => {}
+            Ok(0) => {}
             Err(UblkError::QueueIsDown) => return,
-            Err(e) => {
-                return error!("queue {} of ublk device {}: {e}", queue.get_qid(), session.device.dev_info.dev_id);
+            failed => {
+                let why = failed.map_or_else(|e| driver::explain(&e), |e| io::Error::from_raw_os_error(-e).to_string());
+                let (queue, id) = (queue.get_qid(), session.device.dev_info.dev_id);
+                return error!(
+                    "queue {queue} of ublk device {id}: the driver gives no requests under tag {tag}: {why}"
+                );
             }
         }
         let asked = Asked::parse(queue.get_iod(tag));
+        session.pay(asked).await;
+        if session.takes_no_more() {
+            return; // what is not answered is asked for again by the next daemon
+        }
         session.busy.update(|busy| busy + 1);
         let result = AssertUnwindSafe(session.perform(tag, asked)).catch_unwind().await;
         session.busy.update(|busy| busy - 1);
-        if queue.is_stopping() {
-            return; // the device is held still: what is not answered is asked for again by the next daemon
+        if session.takes_no_more() {
+            return;
         }
         let result = result.unwrap_or(Err(Errno::EIO)).unwrap_or_else(|e| -e.0);
         come = queue.submit_io_commit_cmd(tag, buffer.clone(), result).await;
@@ -138,27 +167,31 @@ struct Session<'a> {
     trials: [Trial; Way::COUNT],
     /// Requests that are being carried out.
     busy: Cell<usize>,
+    /// The driver holds the device still.
+    is_held: Cell<bool>,
 }
 
 impl Session<'_> {
+    /// Whether nothing is answered any more: the driver has taken its commands back, or is about to.
+    fn takes_no_more(&self) -> bool {
+        self.is_held.get() || self.queue.is_stopping()
+    }
+
+    /// Waits as long as the export's limits ask for.
+    async fn pay(&self, asked: Option<Asked>) {
+        let limiter = self.client.export().limiter();
+        if let Some(asked) = asked.filter(|_| limiter.is_limited()) {
+            limiter.pay(&self.client.connection().flow, usage_of(asked).1).await;
+        }
+    }
+
     /// Carries out a request. The bytes that were moved, or the errno for the driver.
     async fn perform(&self, tag: u16, asked: Option<Asked>) -> Result<i32, Errno> {
         let Some(asked) = asked else { return Err(Errno::ENOTSUP) };
         let connection = self.client.connection();
         connection.begin();
-        let (kind, cost) = match asked.kind {
-            Kind::Read => (usage::Kind::Read, Cost::data(asked.len)),
-            Kind::Write => (usage::Kind::Write, Cost::data(asked.len)),
-            Kind::Flush => (usage::Kind::Flush, Cost::OPERATION),
-            Kind::Discard => (usage::Kind::Trim, Cost::OPERATION),
-            Kind::WriteZeroes { .. } => (usage::Kind::WriteZeroes, Cost::OPERATION),
-        };
-        let limiter = self.client.export().limiter();
-        if limiter.is_limited() {
-            limiter.pay(&connection.flow, cost).await;
-        }
         let result = self.carry_out(tag, asked).await;
-        connection.end(kind, asked.len, result.is_ok());
+        connection.end(usage_of(asked).0, asked.len, result.is_ok());
         result
     }
 
@@ -240,6 +273,17 @@ impl Session<'_> {
     }
 }
 
+/// What a request is counted as, and what it costs.
+fn usage_of(asked: Asked) -> (usage::Kind, Cost) {
+    match asked.kind {
+        Kind::Read => (usage::Kind::Read, Cost::data(asked.len)),
+        Kind::Write => (usage::Kind::Write, Cost::data(asked.len)),
+        Kind::Flush => (usage::Kind::Flush, Cost::OPERATION),
+        Kind::Discard => (usage::Kind::Trim, Cost::OPERATION),
+        Kind::WriteZeroes { .. } => (usage::Kind::WriteZeroes, Cost::OPERATION),
+    }
+}
+
 /// Moves commands and answers of the queue's ring.
 struct Pump<'a> {
     queue: &'a UblkQueue<'a>,
@@ -279,6 +323,7 @@ impl<'a> Pump<'a> {
         match self.queue.flush_and_wake_io_tasks(|data, done, _| ublk_wake_task(data, done), 0) {
             // the driver waits for no answer any more, but what was begun is ended, and files are read and written here, too
             Err(UblkError::QueueIsDown) => self.end_the_rest()?,
+            Err(UblkError::IOError(e)) if passes(&e) => {}
             flushed => drop(flushed?),
         }
         Ok(true)
@@ -286,7 +331,7 @@ impl<'a> Pump<'a> {
 
     fn end_the_rest(&self) -> io::Result<()> {
         let done = with_task_io_ring_mut(|ring| {
-            ring.submit()?;
+            ring.submit().map(drop).or_else(|e| if passes(&e) { Ok(()) } else { Err(e) })?;
             Ok::<_, io::Error>(ring.completion().collect::<Vec<_>>())
         })?;
         done.iter().for_each(|done| ublk_wake_task(done.user_data(), done));
@@ -301,4 +346,9 @@ impl<'a> Pump<'a> {
             Poll::Pending => Ok(false),
         }
     }
+}
+
+/// Whether what the kernel could not do now is to be tried again: it had no memory, or was interrupted.
+fn passes(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
 }

@@ -4,21 +4,22 @@
 //! All of it is in [`DIRECTORY`], which only root may look into. It is to be on a tmpfs, as /run is: what is in there means
 //! something only as long as the machine runs, and so long it survives every end of the daemon.
 
+use crate::export::config::ExportConfig;
+use crate::export::device_keys::DeviceKeys;
 use crate::image::{self, Device, FileId, Image, recovery};
 use crate::qcow2::journal::{self, Patched};
 use crate::ring::{self, lasting};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tracing::warn;
 
 /// Where records and journals are.
 const DIRECTORY: &str = "/run/cowgate/devices";
-/// Bytes of a journal: what some ten thousand writes to new clusters change.
-const JOURNAL_BYTES: u64 = 1 << 20;
 /// Bytes of a record at most.
 const RECORD_MAX: u64 = 1 << 20;
 
@@ -31,8 +32,12 @@ pub(super) struct Record {
     pub export: String,
     /// What the export's `exportname` is.
     pub path: PathBuf,
+    /// What else says which bytes it shows, and whether they can be written. `None`: not written down.
+    content: Option<String>,
+    /// How the device was asked for.
+    keys: Option<String>,
     /// Its images.
-    pub images: Vec<Held>,
+    images: Vec<Held>,
 }
 
 /// An image of a device.
@@ -46,13 +51,28 @@ pub(super) struct Held {
 }
 
 impl Record {
+    /// Of the device of an export, for the daemon of this configuration.
+    pub(super) fn new(config: &Path, export: &ExportConfig, keys: &DeviceKeys, images: Vec<Held>) -> Record {
+        let (config, path, name) = (config.to_owned(), export.path.clone(), export.name.clone());
+        Record { config, export: name, path, content: Some(content(export)), keys: Some(format!("{keys:?}")), images }
+    }
+
+    /// Whether the export's definition shows what the device has shown.
+    pub(super) fn is_of(&self, export: &ExportConfig) -> bool {
+        self.path == export.path && self.content.as_ref().is_none_or(|before| *before == content(export))
+    }
+
+    /// Whether the device is what these keys ask for.
+    pub(super) fn has(&self, keys: &DeviceKeys) -> bool {
+        self.keys.as_ref().is_none_or(|before| *before == format!("{keys:?}"))
+    }
+
     /// Writes it down, for whoever comes after this process.
     pub(super) fn write(&self, id: u32) -> io::Result<()> {
         directory()?;
         let fresh = file(id).with_extension("new");
-        let mut open = OpenOptions::new();
-        let open = open.write(true).create(true).truncate(true).mode(0o600);
-        serde_json::to_writer(open.open(&fresh)?, self)?;
+        let _ = fs::remove_file(&fresh); // one that was not written to its end
+        serde_json::to_writer(OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?, self)?;
         fs::rename(fresh, file(id))
     }
 
@@ -68,8 +88,7 @@ impl Record {
     pub(super) fn carry_out(&self) -> Result<(), image::Error> {
         let thread = std::thread::scope(|scope| scope.spawn(|| ring::run(self.recover())).join());
         let failed = |source| image::Error::Io { path: self.path.clone(), action: "start a thread for", source };
-        let done = thread.unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(failed)?;
-        done.inspect(|()| self.forget_journals())
+        thread.unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(failed)?
     }
 
     async fn recover(&self) -> Result<(), image::Error> {
@@ -80,14 +99,41 @@ impl Record {
         Ok(())
     }
 
-    fn forget_journals(&self) {
+    /// Removes its journals, but for those that somebody needs: `others` are records of other devices.
+    pub(super) fn forget_journals(&self, others: &[Record]) {
         let in_use: Vec<PathBuf> = there_are().iter().filter_map(Weak::upgrade).map(|j| j.path.clone()).collect();
-        for journal in self.images.iter().filter_map(|held| held.journal.as_ref()) {
-            if !in_use.contains(journal) {
+        for journal in self.journals() {
+            if !in_use.contains(journal) && !others.iter().any(|other| other.names(journal)) {
                 let _ = fs::remove_file(journal); // it may never have been made
             }
         }
     }
+
+    fn journals(&self) -> impl Iterator<Item = &PathBuf> {
+        self.images.iter().filter_map(|held| held.journal.as_ref())
+    }
+
+    fn names(&self, journal: &Path) -> bool {
+        self.journals().any(|named| named == journal)
+    }
+}
+
+/// All records that there are.
+fn records() -> Vec<Record> {
+    let files = fs::read_dir(DIRECTORY).into_iter().flatten().flatten();
+    files.filter_map(|entry| Record::read(id_of(&entry.file_name())?)).collect()
+}
+
+/// The device whose record this file is.
+fn id_of(name: &OsStr) -> Option<u32> {
+    name.to_str()?.strip_suffix(".json")?.parse().ok()
+}
+
+/// What an export's definition says of the bytes that it shows, beside its path.
+fn content(export: &ExportConfig) -> String {
+    let (image, client) = (&export.image, &export.client);
+    let keys = (&image.snapshot, &client.file_size, &client.multi_file, &client.copy_on_write);
+    format!("{:?} {} {keys:?}", export.format, export.read_only)
 }
 
 impl Held {
@@ -109,18 +155,17 @@ impl Held {
 
 /// Forgets a device: what is left of its record, and of its journals.
 pub(super) fn forget(id: u32) {
-    if let Some(record) = Record::read(id) {
-        record.forget_journals();
-    }
+    let record = Record::read(id);
     let _ = fs::remove_file(file(id)); // there may be none
+    if let Some(record) = record {
+        record.forget_journals(&records());
+    }
 }
 
 /// Forgets all devices that are not among these.
 pub(super) fn forget_all_but(ids: &[u32]) {
     for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let id = name.to_str().and_then(|name| name.strip_suffix(".json")?.parse::<u32>().ok());
-        if let Some(id) = id.filter(|id| !ids.contains(id)) {
+        if let Some(id) = id_of(&entry.file_name()).filter(|id| !ids.contains(id)) {
             forget(id);
         }
     }
@@ -133,15 +178,15 @@ pub(super) struct Kept {
     pub journals: Vec<Arc<Journal>>,
 }
 
-/// Has all changes of a device's images noted down from now on.
+/// Has all changes of a device's images noted down from now on, for the next daemon with this configuration.
 ///
 /// Runs on a thread of a ring. Errors: they cannot be.
-pub(super) async fn keep(device: &Device) -> io::Result<Kept> {
+pub(super) async fn keep(device: &Device, config: &Path) -> io::Result<Kept> {
     let mut kept = Kept::default();
     for disk in device.disks() {
         let image = disk.image();
         let journal = match disk.writable() && image.format() == image::Format::Qcow2 {
-            true => Some(Journal::keep(disk).await?),
+            true => Some(Journal::keep(disk, config).await?),
             false => None,
         };
         let id = image.id();
@@ -159,6 +204,8 @@ pub(super) struct Journal {
     path: PathBuf,
 }
 
+/// One is begun at a time, so that those there are have begun.
+static BEGINNING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// Those there are: two devices may write one image.
 static JOURNALS: Mutex<Vec<Weak<Journal>>> = Mutex::new(Vec::new());
 
@@ -167,39 +214,56 @@ fn there_are() -> MutexGuard<'static, Vec<Weak<Journal>>> {
 }
 
 impl Journal {
-    async fn keep(disk: &image::Disk) -> io::Result<Arc<Journal>> {
+    async fn keep(disk: &image::Disk, config: &Path) -> io::Result<Arc<Journal>> {
+        let _alone = BEGINNING.lock().await;
         let image = disk.image();
         let same = |journal: &Arc<Journal>| Arc::ptr_eq(&journal.image, image);
-        let journal = {
-            let mut journals = there_are();
-            journals.retain(|journal| journal.strong_count() > 0);
-            if let Some(there) = journals.iter().filter_map(Weak::upgrade).find(same) {
-                return Ok(there);
-            }
-            let id = image.id();
-            let path = directory()?.join(format!("{:x}-{:x}.journal", id.device, id.inode));
-            let journal = Arc::new(Journal { image: Arc::clone(image), path });
-            journals.push(Arc::downgrade(&journal));
-            journal
-        };
+        if let Some(there) = there_are().iter().filter_map(Weak::upgrade).find(same) {
+            return Ok(there);
+        }
+        let id = image.id();
+        let path = directory()?.join(format!("{:x}-{:x}.journal", id.device, id.inode));
+        if let Some(other) = records().iter().find(|record| record.config != config && record.names(&path)) {
+            let why =
+                format!("the daemon of {} has left changes of the image in {}", other.config.display(), path.display());
+            return Err(io::Error::other(why));
+        }
         let mut open = OpenOptions::new();
-        let file = open.read(true).write(true).create(true).truncate(false).mode(0o600).open(&journal.path)?;
-        let memory = lasting::map(&file, JOURNAL_BYTES)?;
+        let open = open.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let memory = lasting::map(&open.open(&path)?, journal::bytes_for(u64::from(disk.cluster())))?;
+        let journal = Arc::new(Journal { image: Arc::clone(image), path });
         disk.keep_journal(Box::new(memory)).await.map_err(io::Error::from)?;
+        let mut journals = there_are();
+        journals.retain(|journal| journal.strong_count() > 0);
+        journals.push(Arc::downgrade(&journal));
         Ok(journal)
     }
 }
 
 impl Drop for Journal {
     fn drop(&mut self) {
+        // what could not be flushed is only here
+        if self.image.is_written() {
+            let _ = fs::remove_file(&self.path); // somebody may have done so
+        }
         self.image.drop_journal();
-        let _ = fs::remove_file(&self.path); // it may not have come to be made
     }
 }
 
 fn directory() -> io::Result<&'static Path> {
-    DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
-    Ok(Path::new(DIRECTORY))
+    let directory = Path::new(DIRECTORY);
+    for (place, mode) in directory.parent().map(|parent| (parent, 0o755)).into_iter().chain([(directory, 0o700)]) {
+        match DirBuilder::new().mode(mode).create(place) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let found = fs::symlink_metadata(place)?;
+        if !found.is_dir() || found.uid() != 0 || found.mode() & 0o022 != 0 {
+            let why = format!("others than root may write to {}; remove it", place.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+    }
+    Ok(directory)
 }
 
 fn file(id: u32) -> PathBuf {
@@ -208,5 +272,7 @@ fn file(id: u32) -> PathBuf {
 
 /// Says why a device will not outlive the daemon.
 pub(super) fn warn_of(export: &str, why: &io::Error) {
-    warn!("export {export:?}: its device ends with this process, as {DIRECTORY} cannot be written: {why}");
+    warn!(
+        "export {export:?}: its device ends with this process, as what outlives it cannot be written to {DIRECTORY}: {why}"
+    );
 }

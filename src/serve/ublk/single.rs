@@ -100,15 +100,16 @@ pub fn forget(node: &Path) -> Result<(), String> {
     let Some(id) = node.to_str().and_then(|node| node.strip_prefix("/dev/ublkb")?.parse::<u32>().ok()) else {
         return Err(format!("{} is no ublk device", node.display()));
     };
-    if !Path::new(&format!("/dev/ublkc{id}")).exists() {
+    if !driver::exists(id) {
         return Ok(());
     }
-    let failed = |e: UblkError| format!("{} cannot be deleted: {e}", node.display());
+    let failed = |e: UblkError| format!("{} cannot be deleted: {}", node.display(), driver::explain(&e));
     let control = UblkCtrl::new_simple(id as i32).map_err(failed)?; // numbers are below 2^20
     let info = control.dev_info();
     // one that lives has taken the number since
     if info.ublksrv_flags == driver::OURS && u32::from(info.state) == sys::UBLK_S_DEV_DEAD {
-        control.del_dev_async().map_err(failed)?;
+        driver::forget_links(id);
+        driver::done(control.del_dev_async()).map_err(failed)?;
     }
     Ok(())
 }
