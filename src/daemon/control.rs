@@ -107,7 +107,7 @@ impl Control {
             Request::File { file, done } => {
                 let (plan, problems) = self.reload.file(&file);
                 self.registry.apply(&plan, self.reload.generation());
-                self.devices.follow();
+                self.devices.follow(self.reload.is_whole());
                 let problems = problems.iter().map(|p| p.to_string()).collect();
                 let _ = done.send(Applied { generation: self.reload.generation(), problems });
                 self.answer(|_| false);
@@ -146,7 +146,7 @@ impl Control {
         let (plan, settled) = self.reload.additions();
         self.registry.apply(&plan, self.reload.generation());
         if !plan.is_empty() {
-            self.devices.follow();
+            self.devices.follow(self.reload.is_whole());
         }
         self.look_earliest = Instant::now() + LOOK_PAUSE.max(LOOK_SHARE * now.elapsed());
         self.answer(|missing| settled || missing.since.elapsed() > MISSING_LIMIT);
@@ -159,7 +159,7 @@ impl Control {
             self.live.tls.set(offer);
         }
         self.registry.apply(&pass.plan, self.reload.generation());
-        self.devices.follow();
+        self.devices.follow(self.reload.is_whole());
         if let Some(server) = pass.server {
             self.live.list_allowed.store(server.list_allowed, Ordering::Relaxed);
             self.live.limits.set(server.limits);

@@ -46,7 +46,7 @@ mod without {
         }
 
         /// Says which exports are not what their configuration wants.
-        pub fn follow(&self) {
+        pub fn follow(&self, _whole: bool) {
             for entry in self.registry.devices() {
                 let name = &entry.export.config().name;
                 error!("export {name:?}: no block device: this daemon was built without the feature ublk");

@@ -150,6 +150,11 @@ impl Reload {
         !self.unsettled
     }
 
+    /// All that is configured could be taken over: an export that there is not is not wanted.
+    pub fn is_whole(&self) -> bool {
+        self.is_settled() && self.problems.iter().all(|p| p.severity == Severity::Warning)
+    }
+
     /// A further pass of a series. It need not read anything when nothing has changed.
     pub fn follow_up(&mut self) -> Pass {
         if !self.unsettled && load::unchanged(&self.recent) {

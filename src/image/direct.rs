@@ -125,6 +125,7 @@ mod tests {
     use crate::image::scratch::{self, Options};
     use crate::image::{Gate, Opener};
     use crate::pagebuf::PageBuf;
+    use crate::qcow2::journal::Journal;
     use crate::units::GuestOffset;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
@@ -231,6 +232,24 @@ mod tests {
             disk.settle().await.unwrap();
             file.read_exact_at(&mut now[..512], host.start().0).unwrap();
             assert_eq!(now[0], 1, "nobody knows whether the kernel still reads it");
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn what_rests_on_a_journal_without_room_is_flushed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), "disk", None);
+        ring::run(async {
+            let disk = disk(&path, Format::Qcow2).await;
+            disk.metadata().keep_journal(Journal::new(Box::new(vec![0; 1 << 20])));
+            write(&disk, 0, 1).await;
+            assert!(!disk.metadata().journal_lapsed(), "the write was flushed, and the journal begins");
+            disk.metadata().keep_journal(Journal::new(Box::new(vec![0; 1 << 20])));
+            disk.direct(Direction::Write, clusters(0, 1)).unwrap().finish();
+            let device = Device::new(&path, vec![disk], None).unwrap();
+            device.keep_promise().await.unwrap();
+            assert!(device.disks().all(|disk| !disk.metadata().journal_lapsed()));
         })
         .unwrap();
     }

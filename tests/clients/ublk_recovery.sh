@@ -204,6 +204,18 @@ cmp "$dir/pattern" <(dd if="$twin" bs=64k skip=1000 count=16 iflag=direct status
 said 'export "narrow": its device cannot be gone on with: the configuration has something else under its name' || fail "nothing is said of narrow"
 until_true "the new device" test -b "$names/narrow"
 equal "its size" "$(bytes "$names/narrow")" $((1 << 20))
+# what a file with errors may have defined waits until they are mended
+die
+mv "$dir/conf.d/twin.conf" "$dir/twin.conf"
+printf '[twin]\nno line of a configuration\n' >"$dir/conf.d/twin.conf"
+start
+said 'export "twin": its device and who uses it wait' || fail "nothing is said of the twin"
+before=$(grep -c "is again $twin" "$dir/log")
+mv "$dir/twin.conf" "$dir/conf.d/twin.conf"
+reload
+again() { [ "$(grep -c "is again $twin" "$dir/log")" -gt "$before" ]; }
+until_true "the twin" again
+cmp "$dir/pattern" <(dd if="$twin" bs=64k skip=1000 count=16 iflag=direct status=none) || fail "what was answered is lost"
 # another depth takes another device, which comes when nobody uses the one there is
 equal "the device that is used" "$(readlink -f "$names/raw")" "$raw"
 depth_is() { [ "$(cat "/sys/block/$(basename "$(readlink -f "$names/raw")")/queue/nr_requests")" -eq "$1" ]; }

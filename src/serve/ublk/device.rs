@@ -282,6 +282,10 @@ fn serve_device(
     match (&queues.kept, lasting) {
         (Some(kept), Lasting::Yes(config)) => {
             let record = Record::new(config, export.config(), keys, kept.held.clone());
+            let record = match former.and_then(Record::read) {
+                Some(before) => record.made_as(before),
+                None => record,
+            };
             if let Err(e) = record.write(id) {
                 record::warn_of(&export.config().name, &e);
             }

@@ -70,8 +70,10 @@ struct Table {
     resident: Option<reclaim::Resident>,
     /// The daemon ends: nothing new is made.
     stopping: bool,
-    /// Devices of a daemon before this one that wait, until the first look at the configuration.
+    /// Devices of a daemon before this one that wait for what the configuration says of them.
     waiting: Vec<u32>,
+    /// Nothing is missing in the configuration as it was read last.
+    whole: bool,
 }
 
 struct Device {
@@ -98,8 +100,10 @@ impl Devices {
     /// Makes the devices that the configuration asks for, and has those go that it does not.
     ///
     /// The first call goes on with the devices of a former daemon. It blocks until their images are what they were: before
-    /// anybody else may open them.
-    pub fn follow(&self) {
+    /// anybody else may open them. `whole`: nothing is missing in the configuration because of an error in it; else those
+    /// that it does not name wait on.
+    pub fn follow(&self, whole: bool) {
+        self.shared.table().whole = whole;
         self.shared.follow();
     }
 
@@ -219,8 +223,7 @@ impl Shared {
                 new.iter().for_each(|entry| device.complain_of_a_loop(entry));
             }
         }
-        let waiting = std::mem::take(&mut table.waiting);
-        let mut former = self.former(waiting, &wanted);
+        let mut former = self.former(&mut table.waiting, table.whole, &wanted);
         for (name, entry) in wanted {
             let Some(keys) = entry.device else { continue };
             let former = former.remove(&name);
@@ -241,11 +244,17 @@ impl Shared {
         }
     }
 
-    /// Which of the devices that wait are gone on with, by export. Those that are nobody's any more are deleted.
-    fn former(&self, waiting: Vec<u32>, wanted: &BTreeMap<String, Entry>) -> BTreeMap<String, (u32, Record)> {
+    /// Which of the devices that wait are gone on with, by export. Those that are nobody's any more are deleted, if the
+    /// configuration is whole.
+    fn former(
+        &self,
+        waiting: &mut Vec<u32>,
+        whole: bool,
+        wanted: &BTreeMap<String, Entry>,
+    ) -> BTreeMap<String, (u32, Record)> {
         let mut former = BTreeMap::new();
         let deadline = Instant::now() + OTHERS_READ;
-        for id in waiting {
+        for id in std::mem::take(waiting) {
             let Some(record) = Record::read(id) else {
                 warn!("ublk device {id}: nobody knows any more what it was");
                 driver::discard(id);
@@ -253,6 +262,15 @@ impl Shared {
             };
             if record.config != self.config {
                 info!("ublk device {id}: waits for the daemon of {}", record.config.display());
+                continue;
+            }
+            if !whole && !wanted.contains_key(&record.export) {
+                warn!(
+                    "export {:?}: its device and who uses it wait until it is in the configuration, or the configuration \
+                     has no errors",
+                    record.export
+                );
+                waiting.push(id);
                 continue;
             }
             let carried_out = match wanted.get(&record.export).map(|entry| record.is_of(entry.export.config())) {

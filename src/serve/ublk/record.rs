@@ -67,6 +67,11 @@ impl Record {
         self.keys.as_ref().is_none_or(|before| *before == format!("{keys:?}"))
     }
 
+    /// The same for a device that is gone on with: it is what it was made as.
+    pub(super) fn made_as(self, before: Record) -> Record {
+        Record { keys: before.keys, ..self }
+    }
+
     /// Writes it down, for whoever comes after this process.
     pub(super) fn write(&self, id: u32) -> io::Result<()> {
         directory()?;
