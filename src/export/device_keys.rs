@@ -15,7 +15,9 @@ const IDS: RangeInclusive<i32> = 0..=(1 << 20) - 1;
 /// What `ublkqueues` may be; the driver's limit.
 const QUEUES: RangeInclusive<i32> = 1..=4096;
 /// What `ublkdepth` may be; the driver's limit.
-const DEPTHS: RangeInclusive<i32> = 1..=4096;
+const DEPTHS: RangeInclusive<i32> = 1..=MAX_DEPTH;
+/// Requests that a queue takes at a time at most.
+pub const MAX_DEPTH: i32 = 4096;
 
 /// A block device over an export.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use crate::units::{ByteRange, HostOffset, HostRange};
 use std::os::fd::BorrowedFd;
 
 /// Most runs of one request: with more it is in small pieces, and each is an operation.
-const MAX_RUNS: usize = 16;
+pub const MAX_DIRECT_RUNS: usize = 16;
 
 /// Where all bytes of a range are, for as long as this lives: clusters are not reused meanwhile.
 ///
@@ -68,7 +68,7 @@ impl Disk {
         let mut direct = Direct { runs: Vec::with_capacity(1), operation: None };
         let mut rest = range;
         while !rest.is_empty() {
-            if direct.runs.len() == MAX_RUNS {
+            if direct.runs.len() == MAX_DIRECT_RUNS {
                 return None;
             }
             let (file, host) = match direction {

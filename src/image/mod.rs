@@ -41,7 +41,7 @@ mod shared;
 mod zero;
 
 pub use device::Device;
-pub use direct::{Direct, DirectRun};
+pub use direct::{Direct, DirectRun, MAX_DIRECT_RUNS};
 pub use disk::Disk;
 pub use error::Error;
 pub use open::{Gate, MIN_CACHE_BYTES, OpenOptions, Opener};

@@ -134,11 +134,11 @@ pub(super) fn run(
     let mut told = Told { orders, events, has_users: former.is_some(), leaving: false };
     let mut deadline = None;
     let ended = loop {
-        let started = |id| {
+        let started = |id, fits| {
             started(id);
             if let Some((resize, done)) = asked.take() {
                 let size = driver::size(id).ok_or_else(|| format!("{} has no size", driver::node(id).display()));
-                resize.answer(done.and(size));
+                resize.answer(done.and(fits).and(size));
             }
         };
         match serve_device(export, keys, lasting, &mut left, &mut told, started) {
@@ -248,7 +248,7 @@ fn serve_device(
     lasting: &Lasting,
     former: &mut Option<u32>,
     told: &mut Told<'_>,
-    started: impl FnOnce(u32),
+    started: impl FnOnce(u32, Result<(), String>),
 ) -> Result<End, Error> {
     let features = driver::features()?;
     let refused = |what| move |source| Error::Driver { what, source };
@@ -316,8 +316,11 @@ fn serve_device(
     }
     let again = if former.take().is_some() { "again " } else { "" };
     info!("export {name:?}: is {again}{}, {count} queues", driver::node(id).display());
-    fit(name, &control, features, shape.geometry.size / SECTOR * SECTOR);
-    started(id);
+    let fits = fit(&control, features, shape.geometry.size / SECTOR * SECTOR);
+    if let Err(why) = &fits {
+        warn!("export {name:?}: {why}");
+    }
+    started(id, fits);
     let holds = control.dev_info().flags & u64::from(sys::UBLK_F_QUIESCE) != 0;
     let mut device = Some(device);
     let claim = match until_stopped(id, queues.kept.is_some(), holds, told) {
@@ -372,25 +375,21 @@ fn serve_device(
 }
 
 /// Has a device that is gone on with get the size in bytes that its disk has by now.
-fn fit(export: &str, control: &UblkCtrl, features: u64, now: u64) {
+fn fit(control: &UblkCtrl, features: u64, now: u64) -> Result<(), String> {
     let id = control.dev_info().dev_id;
-    let Some(before) = driver::size(id).filter(|before| *before != now) else { return };
+    let Some(before) = driver::size(id).filter(|before| *before != now) else { return Ok(()) };
     let node = driver::node(id);
     let node = node.display();
     if now < before {
-        return warn!(
-            "export {export:?}: {node} has {before} bytes and its disk {now}: what is behind them cannot be read"
-        );
+        return Err(format!("{node} has {before} bytes and its disk {now}: what is behind them cannot be read"));
     }
     if features & u64::from(sys::UBLK_F_UPDATE_SIZE) == 0 {
-        return warn!(
-            "export {export:?}: {node} keeps its {before} bytes: the driver cannot change that before Linux 6.16"
-        );
+        return Err(format!("{node} keeps its {before} bytes: the driver cannot change that before Linux 6.16"));
     }
-    match control.update_size(now) {
-        Ok(_) => info!("export {export:?}: {node} has {now} bytes now, and had {before}"),
-        Err(e) => warn!("export {export:?}: {node} keeps its {before} bytes: {}", driver::explain(&e)),
-    }
+    driver::done(control.update_size(now))
+        .map_err(|e| format!("{node} keeps its {before} bytes: {}", driver::explain(&e)))?;
+    info!("{node} has {now} bytes now, and had {before}");
+    Ok(())
 }
 
 fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {

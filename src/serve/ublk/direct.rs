@@ -5,7 +5,8 @@
 //! them meanwhile. What comes back short or with an error is nobody's loss: the caller has it done with a buffer.
 
 use crate::block::{Direction, Transfer};
-use crate::image::{Direct, DirectRun};
+use crate::export::device_keys::MAX_DEPTH;
+use crate::image::{self, Direct, DirectRun};
 use futures_util::future::join_all;
 use io_uring::{opcode, squeue, types};
 use libublk::io::UblkQueue;
@@ -31,6 +32,9 @@ pub(super) fn buffer(queue: &UblkQueue<'_>, tag: u16) -> BufDesc<'static> {
 pub(super) fn has_pages(queue: &UblkQueue<'_>, tag: u16) -> bool {
     queue.support_auto_buf_zc() && queue.get_iod(tag).op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
 }
+
+/// libublk tells the operations of a queue from each other by 16 bits.
+const _: () = assert!(image::MAX_DIRECT_RUNS * MAX_DEPTH as usize <= 1 << 16);
 
 /// Writes of fewer bytes are not worth a thread of the kernel's.
 const SMALL_WRITE: u64 = 32 << 10;
