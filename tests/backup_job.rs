@@ -113,8 +113,11 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
+/// The files of exports. One that a killed daemon had not completed is none: it is never read, and the next one takes its place.
 fn exports(daemon: &Daemon) -> Vec<String> {
-    names(&daemon.dir().join("conf.d"))
+    let mut names = names(&daemon.dir().join("conf.d"));
+    names.retain(|name| name != cowgate::export::store::NEW);
+    names
 }
 
 /// Everything but configuration, sockets and sources.
