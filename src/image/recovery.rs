@@ -44,7 +44,7 @@ impl Disk {
 }
 
 impl Device {
-    /// As [`Disk::keep_promise`], after a write whose bytes somebody else has moved.
+    /// After a write whose bytes somebody else has moved: makes it durable if what it rests on could not be noted.
     pub async fn keep_promise(&self) -> Result<(), Errno> {
         for disk in self.disks() {
             disk.keep_promise().await?;

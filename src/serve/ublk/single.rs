@@ -19,7 +19,7 @@ pub struct Single {
     events: Sender<Event>,
 }
 
-/// Has this process get memory without waiting for its own device, for as long as this lives: see [`super::reclaim`]. To be
+/// Has this process get memory without waiting for its own device, for as long as this lives: see `reclaim`. To be
 /// called by the thread that starts all others, before it does.
 #[must_use = "dropped, it lets the process be swapped out to its own device"]
 pub fn keep_memory() -> impl Sized {
