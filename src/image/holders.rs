@@ -175,8 +175,8 @@ impl fmt::Display for Holders {
     }
 }
 
-/// What another process calls itself or a file, fit for a line of a log.
-fn shown(text: &str) -> String {
+/// What another program calls itself, or a file, fit for a line of a log.
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(MAX_SHOWN).map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 

@@ -21,12 +21,14 @@ pub mod device;
 mod direct;
 mod disk;
 mod error;
+pub mod escapes;
 pub mod flatten;
 mod flush;
 mod holders;
 pub mod info;
 pub mod lock;
 pub mod map;
+pub mod mountinfo;
 pub mod open;
 mod packing;
 mod place;
@@ -55,7 +57,7 @@ use std::str::FromStr;
 pub type Progress<'a> = &'a dyn Fn(u64, u64);
 
 /// What an image file holds. Declared, never probed: a guest can write what looks like a header into a raw file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// A QCOW2 image.

@@ -1,6 +1,7 @@
 //! What is on a disk, from what the tools of util-linux say, and which part of it is to be mounted. Pure: text in,
 //! decisions out. All of it comes from a disk that somebody else has written.
 
+use crate::image::escapes::{Escape, unescape};
 use crate::units::ByteRange;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -234,24 +235,9 @@ pub fn parse_signature(text: &str) -> Signature {
     }
 }
 
-/// udev's form: `\xNN` is a byte. Labels are bytes of any kind.
+/// udev's form of a text. Labels are bytes of any kind.
 fn unescaped(value: &str) -> String {
-    let mut out = Vec::with_capacity(value.len());
-    let mut rest = value.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let digits = tail.strip_prefix(b"x").and_then(|tail| std::str::from_utf8(tail.get(..2)?).ok());
-        match (first, digits.and_then(|digits| u8::from_str_radix(digits, 16).ok())) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
+    String::from_utf8_lossy(&unescape(value.as_bytes(), Escape::Hex)).into_owned()
 }
 
 impl Content {

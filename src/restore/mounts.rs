@@ -2,7 +2,7 @@
 
 use super::disk::Disk;
 use super::layout::Driver;
-use crate::serve::ublk::mountinfo::{self, Mount};
+use crate::image::mountinfo::{self, Mount};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{self, OpenOptions};

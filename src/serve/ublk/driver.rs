@@ -1,9 +1,9 @@
 //! What this machine's ublk driver has: whether it is there, which devices it knows, who has one of them open.
 
 use super::control::{self, CONTROL};
-use super::mountinfo::{self, Mount};
 use super::params::SECTOR;
 use super::record;
+use crate::image::mountinfo::{self, Mount};
 use caps::{CapSet, Capability};
 use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, sys};
@@ -280,8 +280,8 @@ const ASK: Duration = Duration::from_millis(20);
 /// Clears away after daemons that have gone: deletes their devices, and links that lead nowhere. Returns the devices that
 /// wait for another daemon.
 pub(super) fn sweep() -> Vec<u32> {
-    for (_, id) in links().filter(|(link, _)| !link.exists()) {
-        forget_links(id);
+    for (link, _) in links().filter(|(link, _)| !link.exists()) {
+        let _ = fs::remove_file(link); // another daemon may have done so
     }
     let ids = ids().unwrap_or_default();
     record::forget_all_but(&ids);
@@ -387,17 +387,19 @@ impl Unused {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
             Err(e) => return Err(e),
         };
-        Ok((!is_open(id)?).then_some(Unused { _file: file }))
+        let numbers = numbers(&disk_and_parts(id));
+        Ok((!is_open(&node, &numbers)?).then_some(Unused { _file: file }))
     }
 }
 
 /// Whether somebody has a device open or mounted, or another device is on it. Unlike [`Unused::claim`] this is in nobody's
 /// way, not even for a moment.
 fn is_used(id: u32, node: &Path) -> bool {
+    let parts = disk_and_parts(id);
+    let numbers = numbers(&parts);
     let held = |part: &PathBuf| fs::read_dir(part.join("holders")).is_ok_and(|mut holders| holders.next().is_some());
-    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let is_swap = swaps.lines().any(|line| line.split(' ').next().map(Path::new) == Some(node));
-    disk_and_parts(id).iter().any(held) || is_swap || is_open(id).unwrap_or(true) || is_mounted(node, &numbers(id))
+    let is_swap = || mountinfo::swaps().is_ok_and(|spaces| spaces.iter().any(|space| space == node));
+    parts.iter().any(held) || is_swap() || is_open(node, &numbers).unwrap_or(true) || is_mounted(node, &numbers)
 }
 
 /// The directories in /sys of a device and its partitions.
@@ -408,15 +410,15 @@ fn disk_and_parts(id: u32) -> Vec<PathBuf> {
 }
 
 /// The numbers of a device and its partitions, as `major:minor`.
-fn numbers(id: u32) -> Vec<String> {
+fn numbers(disk_and_parts: &[PathBuf]) -> Vec<String> {
     let number = |part: &PathBuf| Some(fs::read_to_string(part.join("dev")).ok()?.trim().to_owned());
-    disk_and_parts(id).iter().filter_map(number).collect()
+    disk_and_parts.iter().filter_map(number).collect()
 }
 
-/// Whether a process other than this one has a device or a part of it open, or a loop device is on it. Errors: that cannot
-/// be found out.
-fn is_open(id: u32) -> io::Result<bool> {
-    Ok(holder(libc::S_IFBLK, &numbers(id))?.is_some() || has_loop(&node(id)))
+/// Whether a process other than this one has a device or a part of it open, or a loop device is on it. `numbers`: theirs, as
+/// `major:minor`. Errors: that cannot be found out.
+fn is_open(node: &Path, numbers: &[String]) -> io::Result<bool> {
+    Ok(holder(libc::S_IFBLK, numbers)?.is_some() || has_loop(node))
 }
 
 /// Whether a loop device is on a device or a part of it: the kernel's own files are no process's.

@@ -3,8 +3,7 @@
 //! - [`driver`]: what the kernel's ublk driver has, and who uses a device
 //! - `device`: the life of one device; `queue`: one of its queues, a thread; `direct`: data that is not copied;
 //!   `control`: what the driver says of a device; `params`: the driver's numbers; `record`: what outlives the daemon
-//! - `reclaim`: what keeps short memory from making the devices wait for themselves; `stack`: what lies on which device;
-//!   [`mountinfo`]: what is mounted
+//! - `reclaim`: what keeps short memory from making the devices wait for themselves; `stack`: what lies on which device
 //! - [`single`]: one device that belongs to no configuration
 //!
 //! [`Devices::follow`] is called when exports have changed. The first call blocks until the images of devices that wait for
@@ -16,7 +15,6 @@ mod control;
 mod device;
 mod direct;
 pub mod driver;
-pub mod mountinfo;
 mod params;
 mod queue;
 mod reclaim;

@@ -2,7 +2,7 @@
 //!
 //! Nothing here opens the file, or looks at the file system that it is on: that could wait for the very device.
 
-use super::mountinfo::{self, Mount};
+use crate::image::mountinfo::{self, Mount};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
-//! What is mounted: the lines of /proc/PID/mountinfo. Follows proc_pid_mountinfo(5).
+//! What is mounted and what is swapped to: the lines of /proc/PID/mountinfo and /proc/swaps. Follows
+//! proc_pid_mountinfo(5) and proc_swaps(5).
 
+use super::escapes::{Escape, unescape};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -29,8 +31,15 @@ pub fn own() -> io::Result<Vec<Mount>> {
     of_process(Path::new("/proc/self"))
 }
 
+/// What is swapped to: devices and files.
+pub fn swaps() -> io::Result<Vec<PathBuf>> {
+    let table = fs::read("/proc/swaps")?;
+    let spaces = table.split(|&byte| byte == b'\n').skip(1).filter(|line| !line.is_empty());
+    Ok(spaces.filter_map(|line| line.split(|byte| byte.is_ascii_whitespace()).next()).map(path).collect())
+}
+
 /// All lines that are understood.
-pub(super) fn parse(table: &[u8]) -> Vec<Mount> {
+pub fn parse(table: &[u8]) -> Vec<Mount> {
     table.split(|&byte| byte == b'\n').filter_map(line).collect()
 }
 
@@ -38,30 +47,14 @@ fn line(line: &[u8]) -> Option<Mount> {
     let words: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
     let id = std::str::from_utf8(words.first()?).ok()?.parse().ok()?;
     let number = std::str::from_utf8(words.get(2)?).ok()?.to_owned();
-    let at = unescaped(words.get(4)?);
+    let at = path(words.get(4)?);
     // any number of optional fields, then this
     let separator = words.iter().position(|word| *word == b"-")?;
-    Some(Mount { id, number, at, source: unescaped(words.get(separator + 2)?) })
+    Some(Mount { id, number, at, source: path(words.get(separator + 2)?) })
 }
 
-/// The kernel writes blanks, line ends and backslashes as `\NNN`, octal.
-fn unescaped(word: &[u8]) -> PathBuf {
-    let mut out = Vec::with_capacity(word.len());
-    let mut rest = word;
-    while let [first, tail @ ..] = rest {
-        let octal = tail.get(..3).and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match (first, octal) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(out))
+fn path(word: &[u8]) -> PathBuf {
+    PathBuf::from(OsString::from_vec(unescape(word, Escape::Octal)))
 }
 
 #[cfg(test)]
@@ -76,8 +69,11 @@ mod tests {
         assert_eq!(parsed(line), Some(("/dev/ublkb0".into(), "/mnt/my disk\\".into())));
         let line = b"36 35 98:0 / / rw - xfs /dev/sda1 rw";
         assert_eq!(parsed(line), Some(("/dev/sda1".into(), "/".into())));
-        assert_eq!(parsed(b""), None);
-        assert_eq!(unescaped(b"\\04"), PathBuf::from("\\04"));
+        let line = b"24 1 0:22 / /sys rw,nosuid shared:7 - sysfs sysfs rw";
+        assert_eq!(parsed(line), Some(("sysfs".into(), "/sys".into())));
+        for bad in ["", "1 2 3", "36 35 98:0 /mnt1 /mnt2 rw", "36 35 1:0 - a"] {
+            assert_eq!(parsed(bad.as_bytes()), None, "{bad}");
+        }
     }
 
     #[test]
