@@ -3,6 +3,7 @@
 
 use super::problem::Severity;
 use super::reader::{At, Reader};
+use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 
 /// Queues of a device when nothing is said: as many as the machine has processors, but not more.
@@ -19,8 +20,9 @@ const DEPTHS: RangeInclusive<i32> = 1..=MAX_DEPTH;
 /// Requests that a queue takes at a time at most.
 pub const MAX_DEPTH: i32 = 4096;
 
-/// A block device over an export.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A block device over an export. A later version reads what this one has written down: a key that is new has a default.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DeviceKeys {
     /// Its number, the N of `/dev/ublkbN` (`ublkid`); `None`: any that is free.
     pub id: Option<u32>,

@@ -33,11 +33,35 @@ pub(super) struct Record {
     /// What the export's `exportname` is.
     pub path: PathBuf,
     /// What else says which bytes it shows, and whether they can be written. `None`: not written down.
-    content: Option<String>,
+    content: Option<Content>,
     /// How the device was asked for.
-    keys: Option<String>,
+    keys: Option<DeviceKeys>,
     /// Its images.
     images: Vec<Held>,
+}
+
+/// What an export's definition says of the bytes that it shows, beside its path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Content {
+    format: image::Format,
+    read_only: bool,
+    snapshot: Option<String>,
+    file_size: Option<u64>,
+    multi_file: bool,
+    copy_on_write: bool,
+}
+
+impl Content {
+    fn of(export: &ExportConfig) -> Content {
+        Content {
+            format: export.format,
+            read_only: export.read_only,
+            snapshot: export.image.snapshot.clone(),
+            file_size: export.client.file_size,
+            multi_file: export.client.multi_file,
+            copy_on_write: export.client.copy_on_write.is_some(),
+        }
+    }
 }
 
 /// An image of a device.
@@ -54,17 +78,17 @@ impl Record {
     /// Of the device of an export, for the daemon of this configuration.
     pub(super) fn new(config: &Path, export: &ExportConfig, keys: &DeviceKeys, images: Vec<Held>) -> Record {
         let (config, path, name) = (config.to_owned(), export.path.clone(), export.name.clone());
-        Record { config, export: name, path, content: Some(content(export)), keys: Some(format!("{keys:?}")), images }
+        Record { config, export: name, path, content: Some(Content::of(export)), keys: Some(keys.clone()), images }
     }
 
     /// Whether the export's definition shows what the device has shown.
     pub(super) fn is_of(&self, export: &ExportConfig) -> bool {
-        self.path == export.path && self.content.as_ref().is_none_or(|before| *before == content(export))
+        self.path == export.path && self.content.as_ref().is_none_or(|before| *before == Content::of(export))
     }
 
     /// Whether the device is what these keys ask for.
     pub(super) fn has(&self, keys: &DeviceKeys) -> bool {
-        self.keys.as_ref().is_none_or(|before| *before == format!("{keys:?}"))
+        self.keys.as_ref().is_none_or(|before| before == keys)
     }
 
     /// The same for a device that is gone on with: it is what it was made as.
@@ -132,13 +156,6 @@ fn records() -> Vec<Record> {
 /// The device whose record this file is.
 fn id_of(name: &OsStr) -> Option<u32> {
     name.to_str()?.strip_suffix(".json")?.parse().ok()
-}
-
-/// What an export's definition says of the bytes that it shows, beside its path.
-fn content(export: &ExportConfig) -> String {
-    let (image, client) = (&export.image, &export.client);
-    let keys = (&image.snapshot, &client.file_size, &client.multi_file, &client.copy_on_write);
-    format!("{:?} {} {keys:?}", export.format, export.read_only)
 }
 
 impl Held {
@@ -280,4 +297,29 @@ pub(super) fn warn_of(export: &str, why: &io::Error) {
     warn!(
         "export {export:?}: its device ends with this process, as what outlives it cannot be written to {DIRECTORY}: {why}"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_version_knows_the_device_again() {
+        let written = r#"{
+            "config": "/etc/cowgate/config", "export": "disk", "path": "/srv/disk.qcow2",
+            "content": {
+                "format": "qcow2", "read_only": false, "snapshot": "monday",
+                "file_size": null, "multi_file": false, "copy_on_write": false
+            },
+            "keys": { "id": 3, "queues": 2, "key_of_another_version": 1 },
+            "images": [{ "path": "/srv/disk.qcow2", "device": 1, "inode": 2, "journal": null }]
+        }"#;
+        let record: Record = serde_json::from_str(written).unwrap();
+        let content = record.content.clone().unwrap();
+        assert_eq!((content.format, content.snapshot.as_deref()), (image::Format::Qcow2, Some("monday")));
+        assert!(record.has(&DeviceKeys { id: Some(3), queues: Some(2), ..DeviceKeys::default() }));
+        assert!(!record.has(&DeviceKeys { id: Some(3), queues: Some(1), ..DeviceKeys::default() }));
+        let again = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&again).unwrap(), record);
+    }
 }
