@@ -303,10 +303,8 @@ impl Reload {
             None => Vec::new(),
         };
         outcome.settled = !self.unsettled;
-        outcome.complete = outcome.settled
-            && loaded.server.is_some()
-            && self.problems.iter().all(|p| p.severity == Severity::Warning)
-            && outcome.needs_restart.is_empty();
+        let all_applies = loaded.server.is_some() && outcome.needs_restart.is_empty();
+        self.outcome.complete = all_applies && self.is_whole();
     }
 
     /// Logs what is new. `last`: no pass will follow because of half-written files.

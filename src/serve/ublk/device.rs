@@ -69,6 +69,13 @@ pub(super) enum Error {
     Deleted(u32),
 }
 
+impl Error {
+    /// Whether another try may go better.
+    fn may_pass(&self) -> bool {
+        !matches!(self, Error::HandedOver | Error::Stopped | Error::Deleted(_))
+    }
+}
+
 /// What a device's thread is told, by whom it belongs to and by its queues.
 pub(super) enum Event {
     /// The device is to go: at once with `force`, else when nobody has it open any more.
@@ -141,7 +148,20 @@ pub(super) fn run(
                 resize.answer(done.and(fits).and(size));
             }
         };
-        match serve_device(export, keys, lasting, &mut left, &mut told, started) {
+        let mut served = serve_device(export, keys, lasting, &mut left, &mut told, started);
+        if let Err(e) = &served
+            && e.may_pass()
+            && left.is_some()
+            && Instant::now() < *deadline.get_or_insert_with(|| Instant::now() + PATIENCE)
+        {
+            warn!("export {:?}: its device waits, and it is tried again: {e}", export.config().name);
+            told.pass_over();
+            match told.pause() {
+                Ok(()) => continue,
+                Err(e) => served = Err(e),
+            }
+        }
+        match served {
             Ok(End::Gone | End::Left) => break Ok(()),
             Ok(End::Held(id, wanted)) => {
                 let done = wanted.size.map_or(Ok(()), |size| resize_image(export, size));
@@ -151,19 +171,6 @@ pub(super) fn run(
             Err(Error::HandedOver) => {
                 left = None;
                 break Ok(());
-            }
-            Err(e @ (Error::Stopped | Error::Deleted(_))) => break Err(e),
-            Err(e) if left.is_some() && Instant::now() < *deadline.get_or_insert_with(|| Instant::now() + PATIENCE) => {
-                warn!("export {:?}: its device waits, and it is tried again: {e}", export.config().name);
-                told.pass_over();
-                match told.pause() {
-                    Ok(()) => {}
-                    Err(Error::HandedOver) => {
-                        left = None;
-                        break Ok(());
-                    }
-                    Err(e) => break Err(e),
-                }
             }
             Err(e) => break Err(e),
         }
