@@ -36,8 +36,8 @@ digest() { md5sum <"$1" | cut -d ' ' -f 1; }
 export_file() { # name, image, further lines
     printf '[%s]\nexportname = %s\n%b\n' "$1" "$2" "${3:-}" >"$dir/conf.d/$1.conf"
 }
-start() {
-    "$cowgate" serve -c "$dir/config" -p "$dir/pid" 2>>"$dir/log" &
+start() { # command that runs the daemon
+    "$@" "$cowgate" serve -c "$dir/config" -p "$dir/pid" 2>>"$dir/log" &
     pid=$!
     until_true "the daemon" "$cowgate" status --control "$dir/control"
 }

@@ -129,6 +129,15 @@ if can_hold_still; then
     truncate -s 80M "$dir/raw.raw"
     resize raw >/dev/null
     equal "the size of raw" "$(bytes "$raw")" $((80 << 20))
+    # the image may be somebody else's at the moment that it is let go: then its device and who uses it wait
+    until [ -e "$dir/sized" ]; do qemu-io -f qcow2 "$dir/files.qcow2" -c "sleep 200" >/dev/null 2>&1 || true; done &
+    other=$!
+    for n in 1 2 3 4 5 6 7 8; do
+        resize files +1M >/dev/null 2>"$dir/refused" || grep -q "in use" "$dir/refused" || fail "$(cat "$dir/refused")"
+    done
+    touch "$dir/sized"
+    wait "$other"
+    loads_go_on "sizes beside another program"
     refuses "smaller" files 100M
     loads_go_on "a refused size"
     qemu-io -r -f raw "nbd+unix:///bare?socket=$dir/sock" -c "sleep 100000" >/dev/null &
@@ -223,6 +232,30 @@ equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&8 | wc -c)"
 exec 7<&- 8<&-
 until_true "the device of another depth" depth_is 8
 
+say "an image that somebody else has for a while, and a reload meanwhile"
+raw=$(readlink -f "$names/raw")
+exec 7<"$raw"
+die
+# as QEMU says in its locks that nobody else may write: byte 201 is of those who do not share that
+python3 - "$dir/raw.raw" "$dir/locked" <<'EOF' &
+import fcntl, sys, time
+image = open(sys.argv[1], "rb")
+fcntl.lockf(image, fcntl.LOCK_SH, 1, 201)
+open(sys.argv[2], "w")
+time.sleep(1000)
+EOF
+other=$!
+until_true "the lock" test -e "$dir/locked"
+start
+until_true "the first try" said 'export "raw": its device waits'
+reload
+equal "the reloaded daemon's device" "$(readlink -f "$names/raw")" "$raw"
+before=$(grep -c "is again $raw" "$dir/log")
+kill "$other"
+until_true "the device of raw" bash -c '[ "$(grep -c "is again $1" "$2")" -gt "$3" ]' - "$raw" "$dir/log" "$before"
+equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&7 | wc -c)" 4096
+exec 7<&-
+
 say "devices that wait while nobody serves them"
 die
 "$cowgate" ublk list | grep -q "$bare .*waits" || fail "it is not said to wait: $("$cowgate" ublk list)"
@@ -230,6 +263,20 @@ die
 equal "what is left of devices" "$("$cowgate" ublk list | grep -c /dev/ublk)" 0
 start
 for name in bare files raw narrow reader twin; do appears "$name"; done
+stop
+
+say "a daemon that may not look into other programs"
+start setpriv --bounding-set=-sys_ptrace
+said 'without CAP_SYS_PTRACE it cannot be seen' || fail "it does not say so"
+appears files
+mount "$device" /mnt
+rm "$dir/conf.d/files.conf"
+reload
+sleep 1
+[ -b "$device" ] || fail "the device went while it was mounted"
+cp "$dir/config" /mnt
+umount /mnt
+until_true "the device to go" test ! -e "$device"
 stop
 for name in bare files foreign base; do image_is_good "$dir/$name.qcow2"; done
 equal "what is left behind" "$(find "$left" -type f | wc -l)" 0
