@@ -103,8 +103,11 @@ impl Disk {
         None
     }
 
-    /// The first run of a range whose clusters can be written.
-    fn in_place_at(&self, range: ByteRange) -> Option<(&ring::File, HostRange)> {
+    /// The first run of a range whose clusters can be written, while an [`Operation`] lives.
+    pub(super) fn in_place_at(&self, range: ByteRange) -> Option<(&ring::File, HostRange)> {
+        if range.is_empty() {
+            return None;
+        }
         if self.is_raw() {
             return Some((self.file(0), HostRange::new(HostOffset(range.start().0), range.len())));
         }

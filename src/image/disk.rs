@@ -339,6 +339,10 @@ impl Disk {
 
     pub(super) async fn write_qcow2(&self, at: GuestOffset, mut rest: PageBuf) -> (Result<(), Errno>, PageBuf) {
         let range = ByteRange::between(at.0, at.0 + rest.len() as u64);
+        rest = match self.write_in_place(range, rest).await {
+            Ok(done) => return done,
+            Err(buf) => buf,
+        };
         if let Err(e) = self.note_change(range).await.and(self.make_room().await) {
             return (Err(e), rest);
         }
@@ -372,6 +376,15 @@ impl Disk {
         done.unsplit(rest);
         self.start_writeback();
         (result.and(self.keep_promise().await), done)
+    }
+
+    /// Writes what changes no metadata, as most writes do. `Err`: this one does.
+    async fn write_in_place(&self, range: ByteRange, buf: PageBuf) -> Result<(Result<(), Errno>, PageBuf), PageBuf> {
+        let _operation = self.operation();
+        let whole = |(_, run): &(&ring::File, HostRange)| run.len() == range.len();
+        let Some((file, run)) = self.in_place_at(range).filter(whole) else { return Err(buf) };
+        let (written, buf) = file.write(run.start(), buf).await;
+        Ok((written.and(self.keep_promise().await), buf))
     }
 
     async fn perform(&self, job: Job) -> (Result<(), Errno>, PageBuf) {
