@@ -362,7 +362,8 @@ fn it_becomes_the_user_and_group_of_the_configuration() {
     daemon.python("theirs", written);
     let refused = Command::new("nbdinfo").arg(daemon.uri("secret")).output().unwrap();
     assert!(!refused.status.success());
-    assert!(daemon.log().contains("secret") && daemon.log().contains("Permission denied"), "{}", daemon.log());
+    let said = || daemon.log().contains("secret") && daemon.log().contains("Permission denied");
+    daemon.wait_for("the reason of the refusal", said);
 
     // a file that it cannot read is a bad file: what it defined stays
     let file = daemon.dir().join("conf.d/theirs.conf");

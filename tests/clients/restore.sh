@@ -329,8 +329,14 @@ old=$id old_device=$device
 kills "$id"
 umount "$at"
 "$cowgate" ublk delete "${device#/dev/ublkb}" >/dev/null
-mounts "$dir/table.raw" --partition 1
-equal "the device" "$device" "$old_device"
+# the driver gives a number again when all is gone that belonged to its device
+for tries in $(seq 20); do
+    mounts "$dir/table.raw" --partition 1
+    [ "$device" != "$old_device" ] || break
+    ends "$id"
+    sleep 0.2
+done
+equal "the device after $tries tries" "$device" "$old_device"
 ends "$old"
 is_safe "$at" ro
 holds_files "$at"
