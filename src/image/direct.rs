@@ -253,6 +253,10 @@ mod tests {
             let device = Device::new(&path, vec![disk], None).unwrap();
             device.keep_promise().await.unwrap();
             assert!(device.disks().all(|disk| !disk.metadata().journal_lapsed()));
+            let disk = device.disks().next().unwrap();
+            disk.metadata().keep_journal(Journal::new(Box::new(vec![0; 1 << 20])));
+            write(disk, 0, 2).await;
+            assert!(!disk.metadata().journal_lapsed(), "the same for a write in place");
         })
         .unwrap();
     }
