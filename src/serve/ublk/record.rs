@@ -32,10 +32,10 @@ pub(super) struct Record {
     pub export: String,
     /// What the export's `exportname` is.
     pub path: PathBuf,
-    /// What else says which bytes it shows, and whether they can be written. `None`: not written down.
-    content: Option<Content>,
+    /// What else says which bytes it shows, and whether they can be written.
+    content: Content,
     /// How the device was asked for.
-    keys: Option<DeviceKeys>,
+    keys: DeviceKeys,
     /// Its images.
     images: Vec<Held>,
 }
@@ -78,17 +78,17 @@ impl Record {
     /// Of the device of an export, for the daemon of this configuration.
     pub(super) fn new(config: &Path, export: &ExportConfig, keys: &DeviceKeys, images: Vec<Held>) -> Record {
         let (config, path, name) = (config.to_owned(), export.path.clone(), export.name.clone());
-        Record { config, export: name, path, content: Some(Content::of(export)), keys: Some(keys.clone()), images }
+        Record { config, export: name, path, content: Content::of(export), keys: keys.clone(), images }
     }
 
     /// Whether the export's definition shows what the device has shown.
     pub(super) fn is_of(&self, export: &ExportConfig) -> bool {
-        self.path == export.path && self.content.as_ref().is_none_or(|before| *before == Content::of(export))
+        self.path == export.path && self.content == Content::of(export)
     }
 
     /// Whether the device is what these keys ask for.
     pub(super) fn has(&self, keys: &DeviceKeys) -> bool {
-        self.keys.as_ref().is_none_or(|before| before == keys)
+        self.keys == *keys
     }
 
     /// The same for a device that is gone on with: it is what it was made as.
@@ -315,7 +315,7 @@ mod tests {
             "images": [{ "path": "/srv/disk.qcow2", "device": 1, "inode": 2, "journal": null }]
         }"#;
         let record: Record = serde_json::from_str(written).unwrap();
-        let content = record.content.clone().unwrap();
+        let content = &record.content;
         assert_eq!((content.format, content.snapshot.as_deref()), (image::Format::Qcow2, Some("monday")));
         assert!(record.has(&DeviceKeys { id: Some(3), queues: Some(2), ..DeviceKeys::default() }));
         assert!(!record.has(&DeviceKeys { id: Some(3), queues: Some(1), ..DeviceKeys::default() }));
