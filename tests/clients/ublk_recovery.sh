@@ -28,6 +28,9 @@ hands_over() {
     wait "$pid" || fail "the daemon ended with status $?"
 }
 said() { grep -q "$1" "$dir/log"; }
+# How often a daemon has gone on with a device.
+times_again() { grep -c "is again $1" "$dir/log"; }
+is_again() { [ "$(times_again "$1")" -gt "$2" ]; } # device, how often before
 image_is_good() { qemu-img check -q -f qcow2 "$1" || fail "qemu-img check $1: $(qemu-img check -f qcow2 "$1" 2>&1)"; }
 
 configure ''
@@ -219,11 +222,10 @@ mv "$dir/conf.d/twin.conf" "$dir/twin.conf"
 printf '[twin]\nno line of a configuration\n' >"$dir/conf.d/twin.conf"
 start
 said 'export "twin": its device and who uses it wait' || fail "nothing is said of the twin"
-before=$(grep -c "is again $twin" "$dir/log")
+before=$(times_again "$twin")
 mv "$dir/twin.conf" "$dir/conf.d/twin.conf"
 reload
-again() { [ "$(grep -c "is again $twin" "$dir/log")" -gt "$before" ]; }
-until_true "the twin" again
+until_true "the twin" is_again "$twin" "$before"
 cmp "$dir/pattern" <(dd if="$twin" bs=64k skip=1000 count=16 iflag=direct status=none) || fail "what was answered is lost"
 # another depth takes another device, which comes when nobody uses the one there is
 equal "the device that is used" "$(readlink -f "$names/raw")" "$raw"
@@ -250,9 +252,9 @@ start
 until_true "the first try" said 'export "raw": its device waits'
 reload
 equal "the reloaded daemon's device" "$(readlink -f "$names/raw")" "$raw"
-before=$(grep -c "is again $raw" "$dir/log")
+before=$(times_again "$raw")
 kill "$other"
-until_true "the device of raw" bash -c '[ "$(grep -c "is again $1" "$2")" -gt "$3" ]' - "$raw" "$dir/log" "$before"
+until_true "the device of raw" is_again "$raw" "$before"
 equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&7 | wc -c)" 4096
 exec 7<&-
 
