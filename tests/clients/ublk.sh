@@ -305,7 +305,10 @@ e2fsck -fn "$device" >/dev/null 2>&1 || fail "the file system is broken"
 appears raw
 equal "read-only" "$(blockdev --getro "$device")" 1
 equal "what is on it" "$(digest "$device")" "$(cat "$dir/digest-raw")"
+exec 7<"$device"
 stop
+said "$device is still open" || fail "nothing is said of a device that is open when the daemon ends"
+exec 7<&-
 [ -e "$device" ] && fail "a device without a daemon"
 image_is_good "$dir/overlay.qcow2"
 image_is_good "$dir/xfs.qcow2"

@@ -443,10 +443,15 @@ fn until_stopped(id: u32, lasts: bool, holds: bool, told: &mut Told<'_>) -> Next
             Ok(Event::Stop { force: false } | Event::HandOver) => told.leaving = true,
             Err(RecvTimeoutError::Timeout) => {}
             Ok(Event::Ended(Err(why))) => return Next::Failed(why),
-            // queues end when somebody else has deleted the device
-            Ok(Event::Stop { force: true } | Event::Ended(Ok(()))) | Err(RecvTimeoutError::Disconnected) => {
+            Ok(Event::Stop { force: true }) => {
+                if told.leaving {
+                    let node = driver::node(id);
+                    error!("{} is still open; what reads or writes it gets errors from now on", node.display());
+                }
                 return Next::Stop(None);
             }
+            // queues end when somebody else has deleted the device
+            Ok(Event::Ended(Ok(()))) | Err(RecvTimeoutError::Disconnected) => return Next::Stop(None),
             Ok(Event::Attached(_) | Event::Made(..)) => {}
         }
     }

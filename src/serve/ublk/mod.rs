@@ -160,10 +160,7 @@ impl Devices {
             }
             table = self.shared.gone.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        for (name, device) in &mut table.devices {
-            error!("export {name:?}: its device is still open; what reads or writes it gets errors from now on");
-            device.leave(true);
-        }
+        table.devices.values_mut().for_each(|device| device.leave(true));
         while !table.devices.is_empty() {
             table = self.shared.gone.wait(table).unwrap_or_else(PoisonError::into_inner);
         }
