@@ -249,8 +249,10 @@ EOF
 other=$!
 until_true "the lock" test -e "$dir/locked"
 start
-until_true "the first try" said 'export "raw": its device waits'
+waited() { [ "$(grep -c 'export "raw": its device waits' "$dir/log")" -ge "$1" ]; } # times
+until_true "the first try" waited 1
 reload
+until_true "further tries" waited 3
 equal "the reloaded daemon's device" "$(readlink -f "$names/raw")" "$raw"
 before=$(times_again "$raw")
 kill "$other"
