@@ -260,6 +260,23 @@ until_true "the device of raw" is_again "$raw" "$before"
 equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&7 | wc -c)" 4096
 exec 7<&-
 
+say "a device all of whose requests are under way when the daemon is killed"
+truncate -s 16M "$dir/slow.raw"
+export_file slow "$dir/slow.raw" "ublk = true\nublkqueues = 1\nublkdepth = 1\niopslimit = 2"
+reload
+appears slow
+slow=$device
+dd if="$slow" of=/dev/null bs=4k count=12 iflag=direct status=none & reading=$!
+sleep 2
+die
+start
+appears slow
+equal "the device" "$device" "$slow"
+wait "$reading" || fail "reads of a device that has been gone on with"
+rm "$dir/conf.d/slow.conf"
+reload
+until_true "the end of the slow device" test ! -e "$slow"
+
 say "devices that wait while nobody serves them"
 die
 "$cowgate" ublk list | grep -q "$bare .*waits" || fail "it is not said to wait: $("$cowgate" ublk list)"

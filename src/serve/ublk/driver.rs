@@ -272,8 +272,9 @@ pub(super) fn forget_links(id: u32) {
     }
 }
 
-/// How long the driver may take to notice that a daemon has gone.
-const NOTICE: Duration = Duration::from_secs(30);
+/// How long the driver may take to notice that a daemon has gone. When all commands of a queue carry requests, Linux 6.12
+/// notices when one of these is 30 s old by the block layer's coarse clock.
+const NOTICE: Duration = Duration::from_secs(45);
 /// How often it is asked.
 const ASK: Duration = Duration::from_millis(20);
 

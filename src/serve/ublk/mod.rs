@@ -275,7 +275,11 @@ impl Shared {
             };
             match carried_out {
                 Ok(()) => {
-                    former.insert(record.export.clone(), (id, record));
+                    let name = record.export.clone();
+                    if let Some((other, _)) = former.insert(name.clone(), (id, record)) {
+                        error!("export {name:?}: of two devices that wait, ublk device {id} is gone on with alone");
+                        driver::discard(other);
+                    }
                 }
                 Err(why) => {
                     error!("export {:?}: its device cannot be gone on with: {why}", record.export);
