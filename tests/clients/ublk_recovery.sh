@@ -211,7 +211,7 @@ rm "$dir/conf.d/foreign.conf"
 export_file narrow "$dir/narrow.raw" "ublk = true\nublkqueues = 1\nfilesize = 1048576"
 export_file raw "$dir/raw.raw" "ublk = true\nublkdepth = 8"
 start
-said "is again $twin" || fail "the twin is not gone on with"
+until_true "the twin, after the end of the daemon" said "is again $twin"
 cmp "$dir/pattern" <(dd if="$twin" bs=64k skip=1000 count=16 iflag=direct status=none) || fail "what was answered is lost"
 said 'export "narrow": its device cannot be gone on with: the configuration has something else under its name' || fail "nothing is said of narrow"
 until_true "the new device" test -b "$names/narrow"
