@@ -277,6 +277,29 @@ rm "$dir/conf.d/slow.conf"
 reload
 until_true "the end of the slow device" test ! -e "$slow"
 
+say "two devices that wait for one export"
+for name in used idle; do
+    truncate -s 16M "$dir/$name.raw"
+    export_file "$name" "$dir/$name.raw" "ublk = true"
+done
+reload
+appears idle
+idle=$device
+appears used
+used=$device
+exec 7<"$used"
+die
+cp "$left/${idle#/dev/ublkb}.json" "$left/${used#/dev/ublkb}.json"
+rm "$dir/conf.d/used.conf"
+start
+until_true "the device that is used" said "is again $used"
+[ -e "$idle" ] && fail "both are there"
+equal "what it reads" "$(dd bs=4k count=1 iflag=direct status=none <&7 | wc -c)" 4096
+exec 7<&-
+rm "$dir/conf.d/idle.conf"
+reload
+until_true "the end of the device" test ! -e "$used"
+
 say "devices that wait while nobody serves them"
 die
 "$cowgate" ublk list | grep -q "$bare .*waits" || fail "it is not said to wait: $("$cowgate" ublk list)"

@@ -158,7 +158,7 @@ pub fn list() -> io::Result<Vec<Listed>> {
     let mut found = Vec::new();
     for id in ids()? {
         let device = Some(node(id)).filter(|node| node.exists());
-        let in_use = device.as_deref().is_some_and(|node| is_used(id, node));
+        let in_use = device.is_some() && is_used(id);
         let size_bytes = size(id);
         let daemon = character(id).and_then(|number| holder(libc::S_IFCHR, &[number]).unwrap_or_default());
         let info = control::info(id).ok();
@@ -395,7 +395,8 @@ impl Unused {
 
 /// Whether somebody has a device open or mounted, or another device is on it. Unlike [`Unused::claim`] this is in nobody's
 /// way, not even for a moment.
-fn is_used(id: u32, node: &Path) -> bool {
+pub(super) fn is_used(id: u32) -> bool {
+    let node = &node(id);
     let parts = disk_and_parts(id);
     let numbers = numbers(&parts);
     let held = |part: &PathBuf| fs::read_dir(part.join("holders")).is_ok_and(|mut holders| holders.next().is_some());

@@ -274,13 +274,18 @@ impl Shared {
                 None => Err("the configuration has no such device any more".to_owned()),
             };
             match carried_out {
-                Ok(()) => {
-                    let name = record.export.clone();
-                    if let Some((other, _)) = former.insert(name.clone(), (id, record)) {
-                        error!("export {name:?}: of two devices that wait, ublk device {id} is gone on with alone");
-                        driver::discard(other);
+                Ok(()) => match former.entry(record.export.clone()) {
+                    Place::Vacant(place) => {
+                        place.insert((id, record));
                     }
-                }
+                    // the driver took the first for served, so that a second one was made
+                    Place::Occupied(mut place) => {
+                        let other = place.get().0;
+                        let goes = if driver::is_used(other) { id } else { place.insert((id, record)).0 };
+                        error!("export {:?}: of two devices that wait, ublk device {goes} goes", place.key());
+                        driver::discard(goes);
+                    }
+                },
                 Err(why) => {
                     error!("export {:?}: its device cannot be gone on with: {why}", record.export);
                     driver::discard(id);
