@@ -307,7 +307,34 @@ die
 equal "what is left of devices" "$("$cowgate" ublk list | grep -c /dev/ublk)" 0
 start
 for name in bare files raw narrow reader twin; do appears "$name"; done
+
+# one that goes while the driver takes its commands back is in the driver's way: a kernel may complain
+say "queues that run at once when the driver takes back their first command"
+tracing=/sys/kernel/tracing
+mount -t tracefs none $tracing 2>/dev/null || [ -e $tracing/kprobe_events ]
+echo 'p:rings_that_go ublk_ch_uring_cmd flags=%si:x32' >$tracing/kprobe_events
+echo 'flags & 0x800' >$tracing/events/kprobes/rings_that_go/filter # IO_URING_F_CANCEL
+echo 1 >$tracing/events/kprobes/rings_that_go/enable
+run_at_once() {
+    local thread
+    for thread in "/proc/$pid/task"/*; do
+        grep -q cowgate-q "$thread/comm" || continue
+        chrt -f -p 1 "${thread##*/}"
+    done
+    taskset -a -c -p 0 "$pid" >/dev/null
+}
+taken_from_rings() { grep -c rings_that_go: $tracing/trace || true; }
+if can_hold_still; then
+    run_at_once
+    hands_over
+    equal "commands of rings that went, after a hand-over" "$(taken_from_rings)" 0
+    start
+    for name in bare files raw narrow reader twin; do appears "$name"; done
+fi
+run_at_once
 stop
+equal "commands of rings that went, after the end" "$(taken_from_rings)" 0
+echo 0 >$tracing/events/kprobes/rings_that_go/enable
 
 say "a daemon that may not look into other programs"
 start setpriv --bounding-set=-sys_ptrace

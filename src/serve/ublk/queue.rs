@@ -35,15 +35,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+use tokio::time::sleep;
 use tracing::error;
 
 /// Turns of a queue between two looks at what else its thread has to do.
 const TURNS: usize = 16;
 /// How long everything else of a queue's thread may have to wait for a request that does not come, in nanoseconds.
 const MOMENT_NS: u32 = 200_000;
+/// How long the driver may take from the first command that it takes back to the last.
+const TAKING_BACK: Duration = Duration::from_secs(1);
 
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
@@ -76,6 +80,7 @@ pub(super) async fn serve(
     let mut held = pin!(held.fuse());
     let mut tags: FuturesUnordered<_> = queue.tags().map(|tag| answer(&session, tag)).collect();
     let turn = Turn::default();
+    let mut taking_back = None;
     poll_fn(|cx| {
         if held.as_mut().poll(cx).is_ready() {
             session.is_held.set(true);
@@ -89,8 +94,14 @@ pub(super) async fn serve(
                     Poll::Pending => break false,
                 }
             };
-            // a command that came when the others were taken back is never answered
-            if ended || session.takes_no_more() && session.busy.get() == 0 {
+            // The driver takes its commands back one after the other, and a ring that goes meanwhile is in its way. A
+            // command that came when the others were taken back is never answered.
+            let mut taken_back = || {
+                let time = taking_back.get_or_insert_with(|| Box::pin(sleep(TAKING_BACK)));
+                time.as_mut().poll(cx).is_ready()
+            };
+            let is_over = session.is_held.get() || queue.is_stopping() && taken_back();
+            if ended || is_over && session.busy.get() == 0 {
                 return Poll::Ready(Ok(()));
             }
             // what they have queued is submitted, and answers are for them
