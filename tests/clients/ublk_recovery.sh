@@ -276,6 +276,19 @@ wait "$reading" || fail "reads of a device that has been gone on with"
 rm "$dir/conf.d/slow.conf"
 reload
 until_true "the end of the slow device" test ! -e "$slow"
+if can_hold_still; then
+    say "another program that holds a device still while a request is under way"
+    export_file slow "$dir/slow.raw" "ublk = true\nublkqueues = 1\nublkdepth = 8\niopslimit = 2"
+    reload
+    appears slow
+    dd if="$device" of=/dev/null bs=4k count=12 iflag=direct status=none 2>/dev/null & reading=$!
+    sleep 2
+    python3 "$(dirname "$0")/hold_still.py" "${device#/dev/ublkb}"
+    wait "$reading" && fail "reads of a device that was stopped"
+    said "another program has stopped $device" || fail "nothing is said of it"
+    rm "$dir/conf.d/slow.conf"
+    reload
+fi
 
 say "two devices that wait for one export"
 for name in used idle; do

@@ -332,10 +332,14 @@ fn serve_device(
     let mut device = Some(device);
     let claim = match until_stopped(id, queues.kept.is_some(), holds, told) {
         Next::Stop(claim) => claim,
-        Next::Failed(why) => {
-            error!("export {name:?}: {} goes, as it cannot be served: {why}", driver::node(id).display());
+        Next::Ended(served) => {
+            let node = driver::node(id);
+            match served {
+                Ok(()) => info!("export {name:?}: another program has stopped {}", node.display()),
+                Err(why) => error!("export {name:?}: {} goes, as it cannot be served: {why}", node.display()),
+            }
             // the driver waits for what a queue that has ended had taken, until nobody has the character device open
-            queues.end();
+            queues.end_after(queue::TAKING_BACK);
             device = None;
             None
         }
@@ -412,8 +416,8 @@ fn queue_count(keys: &DeviceKeys) -> Result<u16, Error> {
 enum Next {
     /// It goes. What is in here keeps others from opening it meanwhile.
     Stop(Option<Unused>),
-    /// It goes, because a queue of it has failed.
-    Failed(String),
+    /// It goes, because a queue of it has ended: the driver has taken its commands back, or it has failed.
+    Ended(Result<(), String>),
     /// It waits for the next daemon.
     HandOver,
     /// It waits until its disk has another size.
@@ -442,7 +446,7 @@ fn until_stopped(id: u32, lasts: bool, holds: bool, told: &mut Told<'_>) -> Next
             Ok(Event::Resize(resize)) => resize.answer(Err(NO_HOLD.to_owned())),
             Ok(Event::Stop { force: false } | Event::HandOver) => told.leaving = true,
             Err(RecvTimeoutError::Timeout) => {}
-            Ok(Event::Ended(Err(why))) => return Next::Failed(why),
+            Ok(Event::Ended(served)) => return Next::Ended(served),
             Ok(Event::Stop { force: true }) => {
                 if told.leaving {
                     let node = driver::node(id);
@@ -450,8 +454,7 @@ fn until_stopped(id: u32, lasts: bool, holds: bool, told: &mut Told<'_>) -> Next
                 }
                 return Next::Stop(None);
             }
-            // queues end when somebody else has deleted the device
-            Ok(Event::Ended(Ok(()))) | Err(RecvTimeoutError::Disconnected) => return Next::Stop(None),
+            Err(RecvTimeoutError::Disconnected) => return Next::Stop(None),
             Ok(Event::Attached(_) | Event::Made(..)) => {}
         }
     }
@@ -536,6 +539,15 @@ impl Queues {
             let _ = hold.send(()); // it may have ended
         }
         self.join();
+    }
+
+    /// Has those end that do not do so by themselves within a time.
+    fn end_after(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
+            thread::sleep(driver::ASK);
+        }
+        self.end();
     }
 
     fn join(&mut self) {

@@ -275,8 +275,8 @@ pub(super) fn forget_links(id: u32) {
 /// How long the driver may take to notice that a daemon has gone. When all commands of a queue carry requests, Linux 6.12
 /// notices when one of these is 30 s old by the block layer's coarse clock.
 const NOTICE: Duration = Duration::from_secs(45);
-/// How often it is asked.
-const ASK: Duration = Duration::from_millis(20);
+/// How often something that takes a moment is looked at.
+pub(super) const ASK: Duration = Duration::from_millis(20);
 
 /// Clears away after daemons that have gone: deletes their devices, and links that lead nowhere. Returns the devices that
 /// wait for another daemon.

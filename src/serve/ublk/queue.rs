@@ -47,7 +47,7 @@ const TURNS: usize = 16;
 /// How long everything else of a queue's thread may have to wait for a request that does not come, in nanoseconds.
 const MOMENT_NS: u32 = 200_000;
 /// How long the driver may take from the first command that it takes back to the last.
-const TAKING_BACK: Duration = Duration::from_secs(1);
+pub(super) const TAKING_BACK: Duration = Duration::from_secs(1);
 
 /// Serves one queue until the device is stopped, and everything under way has ended. `made` is called when the driver may
 /// be told to start the device.
