@@ -1,6 +1,8 @@
 # For tests that root runs in a guest (tools/vm): a daemon, and words for failures. To be sourced by a script that sets
 # `cowgate` (the program) before.
 set -euo pipefail
+# the system's own programs: a python3 that is a script of a version manager takes a second to start here
+PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 dir=/run/test
 port=10809
 pid=
